@@ -1,0 +1,194 @@
+"What the notebook cannot hold: odd files, other processes, larger numbers, and that the photographs in the package are what the manifest says"
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from srnb import data
+from srnb.core import generator, read_image, to_pil, write_image
+from srnb.data import PatchPool, check_disjoint, embedded_photos, find_photos, make_pair, paired_folder, share_of, split_photos
+from srnb.degrade import RESSHIFT_TEST, SEESR
+
+
+def noise(*shape, seed=0): return torch.rand(3, *shape, generator=generator(seed))
+
+
+@pytest.fixture
+def album(tmp_path):
+    for k in range(12): write_image(tmp_path/f"album/{k:02d}.png", noise(48, 64, seed=k))
+    return find_photos(tmp_path/"album")
+
+
+def test_manifest_and_folder_agree(root):
+    folder = root/"srnb/photos"
+    rows = json.loads((folder/"photos.json").read_text(encoding="utf-8"))
+    assert {o["file"] for o in rows} | {"photos.json"} == {p.name for p in folder.iterdir()}
+    assert len({o["id"] for o in rows}) == len(rows) >= 16
+    keys = {"file", "id", "split", "author", "licence", "source", "title", "changes"}
+    assert all(set(o) == keys and all(o.values()) for o in rows)
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 4e6
+
+
+def test_embedded_photos_are_whole_colour_images_without_metadata():
+    for p in embedded_photos():
+        with Image.open(p.path) as im:
+            assert (im.format, im.mode) == ("JPEG", "RGB")
+            assert not im.getexif() and min(im.size) >= 384 and not any(o % 8 for o in im.size)
+        assert p.read().std((1, 2)).min() > .02 # no channel is flat
+
+
+def test_embedded_sets_are_disjoint():
+    train, held = embedded_photos("train"), embedded_photos("held_out")
+    assert len(held) >= 10 and not {p.id for p in train} & {p.id for p in held}
+    check_disjoint(train, held)
+    assert data.look_distance(train, held).min() > .1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_grey_and_palette_files_are_read(tmp_path, mode):
+    to_pil(noise(40, 48)).convert(mode).save(tmp_path/"x.png")
+    assert find_photos(tmp_path)[0].read().shape == (3, 40, 48)
+
+
+@pytest.mark.parametrize("end", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "TIFF", "JPG"])
+def test_endings(tmp_path, end):
+    to_pil(noise(40, 48)).save(tmp_path/f"x.{end}")
+    (tmp_path/"x.txt").write_text("not looked at")
+    assert [p.path.name for p in find_photos(tmp_path)] == [f"x.{end}"]
+
+
+def test_files_that_cannot_serve_are_named(tmp_path):
+    deep, alpha = tmp_path/"deep", tmp_path/"alpha"
+    deep.mkdir(), alpha.mkdir()
+    Image.fromarray((noise(40, 48)[0].numpy()*65535).astype("uint16")).save(deep/"d.png")
+    im = to_pil(noise(40, 48))
+    im.putalpha(100)
+    im.save(alpha/"a.png")
+    with pytest.raises(ValueError, match=r"d\.png.*8 bits"): find_photos(deep)
+    with pytest.raises(ValueError, match=r"a\.png.*transparent"): find_photos(alpha)
+
+
+def test_names_are_safe_and_unique(tmp_path):
+    for name in ("a/été 1.png", "b/été 1.png", "..x.png", "b/x.png", "b/x.bmp"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        to_pil(noise(32, 32)).save(tmp_path/name)
+    photos = find_photos(tmp_path)
+    ids = [p.id for p in photos]
+    assert len(photos) == 4 and len(set(ids)) == 4 # ..x.png is hidden
+    assert all(i.isascii() and "/" not in i and " " not in i and not i.startswith(".") for i in ids)
+
+
+def test_names_that_collide_all_the_same(tmp_path):
+    for name in ("a b.png", "a_b.png", "a?b.png"): to_pil(noise(32, 32)).save(tmp_path/name)
+    with pytest.raises(ValueError, match="two files give one id"): find_photos(tmp_path)
+
+
+def test_split_follows_content(album, tmp_path):
+    assert share_of(replace(album[0], sha256="8"+"0"*63)) == .5
+    sides = {p.sha256: p.split for o in split_photos(album, .5) for p in o}
+    for k, p in enumerate(album): (tmp_path/f"z{99-k}.png").write_bytes(p.path.read_bytes())
+    (tmp_path/"again.png").write_bytes(album[0].path.read_bytes()) # a duplicate lands beside its twin
+    moved = [p for p in find_photos(tmp_path) if p.path.parent == tmp_path]
+    assert len(moved) == 13
+    assert all(sides[p.sha256] == p.split for o in split_photos(moved, .5) for p in o)
+
+
+@pytest.mark.parametrize("eta", [0, 1, -.1, float("nan")])
+def test_split_needs_a_share(album, eta):
+    with pytest.raises(ValueError, match="held_out must lie"): split_photos(album, eta)
+
+
+def test_split_refuses_copies_across(tmp_path):
+    x = embedded_photos()[0].read()
+    for q in range(60, 96, 3):
+        (tmp_path/"q").mkdir(exist_ok=True)
+        to_pil(x).save(tmp_path/"q"/f"{q}.jpg", quality=q)
+    with pytest.raises(ValueError, match="looks like"): split_photos(find_photos(tmp_path/"q"), .5)
+
+
+def test_empty_sets_share_nothing(album):
+    check_disjoint([], album)
+    check_disjoint(album, [])
+
+
+def test_pairs_do_not_depend_on_the_process(root):
+    code = ("import hashlib; from srnb.data import *; from srnb.degrade import RESSHIFT_TEST as d; "
+            "p = embedded_photos('held_out')[3]; print(hashlib.sha256(make_pair(p, 64, d)[0].numpy().tobytes()).hexdigest())")
+    outs = {subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout for _ in "ab"}
+    assert len(outs) == 1 and len(outs.pop().strip()) == 64
+
+
+def test_pairs_follow_name_place_and_draw():
+    p = embedded_photos("held_out")[0]
+    base, gt = make_pair(p, 64, RESSHIFT_TEST)
+    others = [make_pair(replace(p, id="other"), 64, RESSHIFT_TEST), make_pair(p, 64, RESSHIFT_TEST, draw=1), make_pair(p, 64, SEESR)]
+    assert all(torch.equal(o[1], gt) and not torch.equal(o[0], base) for o in others)
+    corners = [make_pair(p, 64, RESSHIFT_TEST, place=k)[1] for k in range(5)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(corners) for b in corners[:i])
+    assert base.dtype == gt.dtype == torch.float32 and base.shape == (3, 16, 16)
+    for place in (5, -1):
+        with pytest.raises(ValueError, match="place"): make_pair(p, 64, RESSHIFT_TEST, place=place)
+
+
+def test_pool_cuts_the_same_place_from_both(album):
+    pool = PatchPool(album, RESSHIFT_TEST, versions=2)
+    pool.gt = [torch.arange(48*64).reshape(48, 64).div(4).div(64).fmod(1)[None].expand(3, -1, -1)*0+o for o in pool.gt]
+    for i, o in enumerate(pool.gt): # bytes that tell where they are: photograph, column and row of lq
+        y, x = torch.meshgrid(torch.arange(48)//4, torch.arange(64)//4, indexing="ij")
+        pool.gt[i] = torch.stack([torch.full_like(y, i), y, x]).byte()
+        pool.lq[i] = pool.gt[i][None, :, ::4, ::4].repeat(2, 1, 1, 1)
+        assert o.shape == pool.gt[i].shape
+    lq, gt = pool.batch(400, 16, generator(0))
+    assert torch.equal(gt, lq.repeat_interleave(4, -1).repeat_interleave(4, -2))
+    first = (lq[:, :, 0, 0]*255).round()
+    assert first[:, 0].unique().numel() == 12
+    starts = (lq*255).round().amin((2, 3))
+    assert starts[:, 1].max() == 8 and starts[:, 2].max() == 12 and starts[:, 1:].min() == 0 # borders are reached
+
+
+def test_pool_uses_all_versions(album):
+    pool = PatchPool(album[:1], RESSHIFT_TEST, versions=3)
+    for k in range(3): pool.lq[0][k] = k
+    lq, _ = pool.batch(100, 8, generator(0))
+    assert set((lq*255).round().unique().tolist()) == {0, 1, 2}
+    assert len(pool) == 1 and pool.nbytes == 48*64*3+3*12*16*3
+
+
+def test_pool_takes_one_draw_a_patch(album):
+    "So a run that resumes from the state of its generator goes on with the same patches"
+    pool = PatchPool(album, RESSHIFT_TEST, versions=1)
+    g = generator(1)
+    pool.batch(4, 16, g)
+    state = g.get_state()
+    want = pool.batch(4, 32, g)
+    h = generator(9)
+    h.set_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(want, pool.batch(4, 32, h), strict=True))
+
+
+def test_pool_refuses(album, tmp_path):
+    held = embedded_photos("held_out")
+    with pytest.raises(ValueError, match="is held out"): PatchPool([*album, held[0]], RESSHIFT_TEST)
+    with pytest.raises(ValueError, match="same file as"): PatchPool([replace(held[0], split=None)], RESSHIFT_TEST)
+    with pytest.raises(ValueError, match="same file as"): PatchPool(album, RESSHIFT_TEST, held_out=album[3:4])
+    with pytest.raises(ValueError, match="versions"): PatchPool(album, RESSHIFT_TEST, versions=0)
+    write_image(tmp_path/"tiny/t.png", noise(24, 200))
+    with pytest.raises(ValueError, match=r"t\.png has 24×200"): PatchPool(find_photos(tmp_path/"tiny"), RESSHIFT_TEST)
+
+
+def test_pool_cuts_sizes_to_multiples_of_8(tmp_path):
+    write_image(tmp_path/"odd.png", noise(45, 67))
+    pool = PatchPool(find_photos(tmp_path), RESSHIFT_TEST, versions=1)
+    assert pool.gt[0].shape == (3, 40, 64) and pool.lq[0].shape == (1, 3, 10, 16)
+    assert torch.equal(pool.gt[0].float()/255, read_image(tmp_path/"odd.png")[:, 2:42, 1:65])
+
+
+def test_paired_folder_wants_both_sides(tmp_path):
+    for name, side in (("lq/a", 16), ("gt/a", 64), ("gt/b", 64)): write_image(tmp_path/f"{name}.png", noise(side, side))
+    with pytest.raises(ValueError, match=r"b\.png has no partner"): paired_folder(tmp_path/"lq", tmp_path/"gt")
+    (tmp_path/"gt/b.png").unlink()
+    assert [(a.name, b.name) for a, b in paired_folder(tmp_path/"lq", tmp_path/"gt")] == [("a.png", "a.png")]

@@ -1,0 +1,85 @@
+"The package as a user gets it: cheap to import, complete when installed, one version"
+import configparser
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import srnb
+
+HEAVY = ["pyiqa", "diffusers", "transformers", "matplotlib", "seaborn", "lpips", "IPython"]
+METRICS = ["pyiqa", "lpips", "stlpips_pytorch", "pycvvdp", "cvvdp", "matplotlib", "seaborn"]
+
+
+def loaded(code, root, env): # modules in a fresh interpreter after `code`
+    cmd = [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"]
+    out = subprocess.run(cmd, cwd=root, env=env, check=True, capture_output=True, text=True)
+    return set(json.loads(out.stdout.splitlines()[-1]))
+
+
+def modules(root): return sorted(p.stem for p in (root/"srnb").glob("*.py") if not p.stem.startswith("_"))
+
+
+def test_import_is_cheap(root, clean_env):
+    found = loaded("import srnb", root, clean_env)
+    assert "srnb" in found
+    assert not found & {*HEAVY, *METRICS, "accelerate", "peft"}
+
+
+def test_rooms_import_no_metric_library(root, clean_env):
+    names = modules(root)
+    assert names
+    found = loaded("\n".join(f"import srnb.{o}" for o in names), root, clean_env)
+    assert {f"srnb.{o}" for o in names} <= found
+    assert not found & set(METRICS)
+
+
+def test_one_version(root):
+    ini = configparser.ConfigParser()
+    ini.read(root/"settings.ini")
+    assert srnb.__version__ == ini["DEFAULT"]["version"]
+
+
+def test_lock_is_plain(root):
+    lines = (root/".ci/requirements.lock").read_text().splitlines()
+    assert len(lines) > 50
+    for o in lines:
+        name, version = o.split("==")
+        assert name and version and not name.startswith(("nvidia", "cuda", "triton"))
+
+
+def test_lock_holds_the_constraints(root):
+    lock = (root/".ci/requirements.lock").read_text().splitlines()
+    pins = [o for o in (root/".ci/constraints.txt").read_text().splitlines() if o and not o.startswith("#")]
+    assert pins
+    assert set(pins) <= set(lock)
+
+
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory): # names in a wheel built from the tree as it is
+    src, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for o in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(root/o, src)
+    shutil.copytree(root/"srnb", src/"srnb", ignore=shutil.ignore_patterns("__pycache__"))
+    for o in ("weights/probe.safetensors", "photos/probe.jpg"): # so that the rule is tested whatever ships today
+        (src/"srnb"/o).parent.mkdir(exist_ok=True)
+        (src/"srnb"/o).write_bytes(b"x")
+    cmd = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*cmd, "-w", out, src], check=True, capture_output=True)
+    return zipfile.ZipFile(next(out.glob("srnb-*.whl")))
+
+
+def test_wheel_is_complete(root, wheel):
+    want = {str(p.relative_to(root)) for p in (root/"srnb").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    want |= {"srnb/weights/probe.safetensors", "srnb/photos/probe.jpg"}
+    assert want <= set(wheel.namelist())
+    assert not [o for o in wheel.namelist() if o.startswith(("nbs", "tests"))]
+
+
+def test_wheel_names_its_licence(wheel):
+    text = wheel.read(next(o for o in wheel.namelist() if o.endswith(".dist-info/METADATA"))).decode()
+    assert "License-Expression: Apache-2.0" in text
+    assert f"Version: {srnb.__version__}" in text
+    assert any(o.endswith("licenses/LICENSE") for o in wheel.namelist())

@@ -1,0 +1,332 @@
+"Rewards: directions on human scores, invariances, refusals that come early, and the ladder at both crop sizes"
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from srnb import rewards as R
+from srnb.core import generator, quantize
+from srnb.data import centre_crop, embedded_photos
+
+A = R.Metric("a", "fr", False, lambda: lambda sr, gt: (sr-gt).abs().mean((1, 2, 3)))
+B = R.Metric("b", "fr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3)))
+C = R.Metric("c", "nr", True, lambda: lambda sr, gt: sr.std((1, 2, 3)))
+TOY = R.Reward("toy", fr=(A, B), nr=(C,))
+PYIQA = [m for m in (*R.DP2O.metrics, R.PIQE, R.GMSD, R.NLPD, R.MS_SSIM, R.FSIM, R.VSI, R.VIF)]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "No server answers and nothing was fetched before"
+    monkeypatch.setattr(R, "_answers", lambda url, seconds=4.: False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    R.scorer_of.cache_clear()
+    yield tmp_path
+    R.scorer_of.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def group(): # gt (3,64,80), sr (6,3,64,80)
+    g = generator(0)
+    gt = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 10, generator=g), size=(64, 80), mode="bicubic")
+    gt = quantize(gt)[0]
+    return gt, quantize(gt + torch.linspace(.01, .1, 6).view(6, 1, 1, 1)*torch.randn(6, 3, 64, 80, generator=g))
+
+
+@pytest.fixture(scope="module")
+def people():
+    data = files("qualisr.sample_data")
+    t = pd.read_csv(data/"features/fr.csv").merge(pd.read_csv(data/"features/nr.csv"), on="sample_id", suffixes=("", "_nr"))
+    labels = pd.read_csv(data/"scores/labels.csv")
+    t["sample"] = t.sr_method.str.lower() + ":" + t.sr_filename.str.removesuffix(".png")
+    labels["sample"] = labels.method + ":" + labels.test_case
+    t = t.merge(labels[["sample", "score", "test_case"]], on="sample", validate="1:1")
+    assert len(t) == 120 and t.test_case.nunique() == 40
+    return t.rename(columns=lambda c: c.removesuffix("_gt"))
+
+
+def share(values, people):
+    a = R.pair_agreement(values, people.score, people.test_case)
+    return a.agree.sum()/a.pairs.sum()
+
+
+def hybrid_of(people, reward, normaliser):
+    out = np.empty(len(people))
+    for i in people.groupby("test_case").indices.values(): out[i] = R.hybrid(people.iloc[i], reward, normaliser)
+    return out
+
+
+# directions
+
+@pytest.mark.parametrize("name,higher_better,known", [("psnr", True, .317), ("lpips-vgg", False, .567),
+                         ("stlpips-vgg", False, .658), ("musiq", True, .842), ("qalign", True, .867)])
+def test_direction_on_people(people, name, higher_better, known):
+    m = R.Metric(name, "fr", higher_better, None)
+    assert share(R.orient(people[name], m), people) == pytest.approx(known, abs=.001)
+    assert share(R.orient(people[name], replace(m, higher_better=not higher_better)), people) == pytest.approx(1-known, abs=.001)
+
+
+def test_hybrid_on_people(people):
+    fr = tuple(R.Metric(n, "fr", False, None) for n in ("lpips-vgg", "stlpips-vgg"))
+    nr = tuple(R.Metric(n, "nr", True, None) for n in ("musiq", "qalign"))
+    both, wrong = R.Reward("both", fr, nr), R.Reward("wrong", tuple(replace(m, higher_better=True) for m in fr), nr)
+    got = {r.name: share(hybrid_of(people, r, R.GroupMinMax()), people) for r in (both, wrong, R.Reward("fr", fr), R.Reward("nr", (), nr))}
+    assert got["both"] == pytest.approx(.775, abs=.001)
+    assert got["wrong"] == pytest.approx(.725, abs=.001) # it hides: the other half carries it
+    assert got["fr"] == pytest.approx(.583, abs=.001) and got["nr"] == pytest.approx(.825, abs=.001)
+    halves = R.Reward("fr", wrong.fr)
+    assert share(hybrid_of(people, halves, R.GroupMinMax()), people) == pytest.approx(1-.583, abs=.001)
+    bounds = R.fit_bounds(people, both.metrics)
+    assert share(hybrid_of(people, both, bounds), people) == pytest.approx(.792, abs=.001)
+
+
+@pytest.mark.parametrize("metric", PYIQA, ids=lambda m: m.name)
+def test_direction_and_kind_agree_with_pyiqa(metric):
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+    theirs = DEFAULT_CONFIGS[metric.name]
+    assert metric.higher_better is not theirs.get("lower_better", False)
+    assert metric.kind == theirs["metric_mode"].lower()
+
+
+def test_dp2o_is_the_papers_nine():
+    assert [m.name for m in R.DP2O.fr] == ["lpips-vgg", "topiq_fr", "afine_fr"]
+    assert [m.name for m in R.DP2O.nr] == ["maniqa-pipal", "musiq", "clipiqa+", "topiq_nr", "afine_nr", "qalign"]
+    assert [m.name for m in R.DP2O.metrics if not m.higher_better] == ["lpips-vgg", "afine_fr", "afine_nr"]
+
+
+def test_wrong_direction_or_id_is_a_mismatch():
+    with pytest.raises(R.MetricMismatch, match="pyiqa says"): R.scorer_of(R.pyiqa_metric("gmsd", "fr", True))
+    with pytest.raises(R.MetricMismatch, match="pyiqa says"): R.scorer_of(R.pyiqa_metric("piqe", "fr", False))
+    with pytest.raises(R.MetricMismatch, match="no metric"): R.scorer_of(R.pyiqa_metric("gsmd", "fr", False))
+
+
+# normalisers and the hybrid
+
+def test_fixture_7_affine_rescaling_leaves_the_reward():
+    g = generator(1)
+    raw = {m.name: torch.randn(8, generator=g, dtype=torch.float64) for m in TOY.metrics}
+    for name in raw:
+        scaled = raw | {name: 13*raw[name] - 4}
+        torch.testing.assert_close(R.hybrid(scaled, TOY), R.hybrid(raw, TOY), atol=1e-12, rtol=0)
+        torch.testing.assert_close(R.hybrid(scaled, TOY, R.fit_bounds(scaled, TOY.metrics)),
+                                   R.hybrid(raw, TOY, R.fit_bounds(raw, TOY.metrics)), atol=1e-12, rtol=0)
+        assert not torch.allclose(R.hybrid(raw | {name: -raw[name]}, TOY), R.hybrid(raw, TOY))
+
+
+def test_the_halves_weigh_the_same():
+    fr = tuple(R.Metric(f"f{i}", "fr", True, None) for i in range(3))
+    nr = tuple(R.Metric(f"n{i}", "nr", True, None) for i in range(6))
+    raw = {m.name: [0., 1., 0.] for m in fr} | {m.name: [0., 0., 1.] for m in nr}
+    assert R.hybrid(raw, R.Reward("r", fr, nr)).tolist() == [0., .5, .5]
+
+
+def test_group_min_max_guards():
+    assert R.GroupMinMax()([2., 2., 2.], A).tolist() == [.5]*3
+    assert R.GroupMinMax()(np.array([1., 3.], np.float32), A).tolist() == [1., 0.]
+    with pytest.raises(ValueError, match="a has M = 1"): R.GroupMinMax()([1.], A)
+    with pytest.raises(ValueError, match="a gave inf for candidate 2"): R.GroupMinMax()([1., 2., float("inf")], A)
+    with pytest.raises(ValueError, match=r"a: need one score per candidate, got shape \(0,\)"): R.GroupMinMax()([], A)
+
+
+def test_global_bounds_travel_and_do_not_clip(tmp_path):
+    bounds = R.fit_bounds({"a": [[.2, .6], [.3, .4]], "c": [1, 2, 3, 4]}, [A, C])
+    again = R.GlobalBounds.load(bounds.save(tmp_path/"bounds.json"))
+    assert again == bounds and json.loads((tmp_path/"bounds.json").read_text()) == [["a", .6, .2], ["c", 1., 4.]]
+    np.testing.assert_allclose(again([.6, .2, .1, .8], A), [0, 1, 1.25, -.5], atol=1e-12)
+    assert again([4.], C).tolist() == [1.]
+    with pytest.raises(ValueError, match="no bounds for b"): again([1.], B)
+    with pytest.raises(ValueError, match="against its direction"): again([1.], replace(A, higher_better=True))
+    with pytest.raises(ValueError, match="cannot rank"): R.fit_bounds({"a": [1., 1.]}, [A])
+    with pytest.raises(ValueError, match="holds no scores of c"): R.fit_bounds({"a": [1., 2.]}, [A, C])
+    with pytest.raises(ValueError, match="a gave nan"): R.fit_bounds({"a": [1., float("nan")]}, [A])
+
+
+def test_hybrid_refuses():
+    raw = {"a": [1., 2.], "b": [1., 2.], "c": [1., 2.]}
+    with pytest.raises(ValueError, match="c gave nan for candidate 1"): R.hybrid(raw | {"c": [1., float("nan")]}, TOY)
+    with pytest.raises(ValueError, match="no scores of b"): R.hybrid({"a": [1., 2.], "c": [1., 2.]}, TOY)
+    with pytest.raises(ValueError, match="numbers of candidates differ"): R.hybrid(raw | {"c": [1., 2., 3.]}, TOY)
+    with pytest.raises(ValueError, match="M = 1"): R.hybrid({k: [1.] for k in "abc"}, TOY)
+    with pytest.raises(ValueError, match="holds no metric"): R.Reward("empty")
+    with pytest.raises(ValueError, match="twice"): R.Reward("twice", fr=(A, A))
+    with pytest.raises(ValueError, match="other kind"): R.Reward("mixed", fr=(C,))
+    with pytest.raises(ValueError, match="must be 'fr' or 'nr'"): R.Metric("x", "rr", True, None)
+
+
+def test_pair_agreement_counts_ties():
+    t = R.pair_agreement([1, 1, 0, 5, 4], [3, 2, 2, 1, 0], ["p", "p", "p", "q", "q"])
+    assert t.loc["p"].tolist() == [1.5, 2] and t.loc["q"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="NaN"): R.pair_agreement([1., float("nan")], [1, 2], ["p", "p"])
+
+
+# the boundary
+
+def test_score_refuses(group):
+    gt, sr = group
+    with pytest.raises(ValueError, match="a compares with the ground truth"): R.score(A, sr)
+    with pytest.raises(ValueError, match="differ in size"): R.score(A, sr, gt[:, 4:])
+    with pytest.raises(ValueError, match="sr must lie in"): R.score(C, sr*2)
+    with pytest.raises(TypeError, match="float32"): R.score(C, sr.double())
+    with pytest.raises(ValueError, match="1 leave fewer than|leave fewer than 11"): R.score(R.SSIM_Y, sr[..., :16, :16], gt[:, :16, :16])
+    few = R.Metric("few", "nr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3))[:-1])
+    with pytest.raises(ValueError, match=r"few: \(5,\) scores for 6 candidates"): R.score(few, sr)
+    nan = R.Metric("nan", "nr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3)).log()*torch.tensor([1, 1, 1, float("nan"), 1, 1]))
+    with pytest.raises(ValueError, match="nan gave nan for candidate 3"): R.score(nan, sr)
+
+
+def test_scores_of_a_candidate_do_not_depend_on_its_group(group):
+    gt, sr = group
+    for m in (*R.OFFLINE.metrics, R.PSNR_Y, R.SSIM_Y, R.CVVDP):
+        all_, some = R.score(m, sr, gt), R.score(m, sr[[4, 1, 2]], gt)
+        assert all_.dtype == torch.float64 and not all_.requires_grad
+        torch.testing.assert_close(some, all_[[4, 1, 2]], atol=1e-6, rtol=1e-6, msg=m.name)
+
+
+def test_psnr_and_ssim_against_pyiqa_and_skimage(group):
+    import pyiqa
+    from skimage.metrics import structural_similarity
+    gt, sr = group
+    theirs = pyiqa.create_metric("psnry", device="cpu")(sr, gt.expand_as(sr)).double()
+    studio = 20*np.log10(255/219) # theirs has the luma on the full range
+    torch.testing.assert_close(R.psnr_y(sr, gt, border=0), theirs + studio, atol=2e-3, rtol=0)
+    y, y_gt = R.luma(sr)[:, 0, 4:-4, 4:-4].numpy(), R.luma(gt[None])[0, 0, 4:-4, 4:-4].numpy()
+    ssim = [structural_similarity(o, y_gt, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255) for o in y]
+    np.testing.assert_allclose(R.ssim_y(sr, gt), ssim, atol=1e-9)
+    assert R.psnr_y(gt[None], gt).tolist() == [80.] and R.luma(torch.ones(1, 3, 1, 1)).item() == pytest.approx(235)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_photograph_is_embedded_once(group, net):
+    from stlpips_pytorch.stlpips import LPIPS
+    gt, sr = group
+    package, seen = LPIPS(net=net, variant="shift_tolerant", verbose=False), []
+    package.scaling_layer.register_forward_hook(lambda module, x, out: seen.append(len(out)))
+    with torch.inference_mode():
+        theirs = package(sr, gt.expand_as(sr), normalize=True).flatten().double()
+        seen.clear()
+        ours = R._deep_distance(package)(sr, gt)
+    assert sum(seen) == len(sr)+1
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_scorer_equals_the_package(group, net): # a random backbone: the real one must be downloaded
+    from lpips import LPIPS
+    gt, sr = group
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        package = LPIPS(net=net, pnet_rand=True, verbose=False)
+    with torch.inference_mode():
+        theirs = package(sr, gt.expand_as(sr), normalize=True).flatten().double()
+        torch.testing.assert_close(R._deep_distance(package)(sr, gt), theirs, atol=1e-6, rtol=0)
+
+
+# metrics that cannot be had
+
+@pytest.mark.parametrize("metric", [*R.DP2O.metrics, R.LPIPS_ALEX, R.LPIPS_VGG], ids=lambda m: m.name)
+def test_unavailable_is_quick_and_says_what_to_do(offline, metric):
+    from huggingface_hub import constants
+    before = socket.getaddrinfo, socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    start = time.monotonic()
+    with pytest.raises(R.MetricUnavailable) as e: R.check_available([R.PSNR_Y, metric])
+    assert time.monotonic()-start < 45 # imports on a busy machine; a retrying hub takes 50 s and more
+    for part in (metric.name, "Tried", "downloaded once", "`offline`"): assert part in str(e.value)
+    assert before == (socket.getaddrinfo, socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE, logging.root.manager.disable)
+
+
+def test_offline_preset_needs_nothing(offline, capfd):
+    state = torch.get_rng_state()
+    R.check_available(R.OFFLINE.metrics, size=(64, 80))
+    assert torch.equal(state, torch.get_rng_state())
+    assert "Setting up" not in capfd.readouterr().out
+    assert {m.kind for m in R.OFFLINE.metrics} == {"fr", "nr"} and R.ST_LPIPS_ALEX in R.OFFLINE.fr
+    assert not {R.ST_LPIPS_VGG, R.CVVDP, R.PSNR_Y, R.SSIM_Y} & set(R.OFFLINE.metrics)
+
+
+def test_damaged_file_does_not_pass_for_a_metric(offline):
+    path = offline/"hub/checkpoints/alexnet-owt-7be5be79.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a download")
+    with pytest.raises(R.MetricUnavailable, match="delete a damaged file"): R.check_available([R.LPIPS_ALEX])
+    path.unlink()
+    with pytest.raises(R.MetricUnavailable, match="URLError"): R.check_available([R.LPIPS_ALEX]) # asked again, not remembered
+
+
+def test_a_metric_that_cannot_score_this_size_is_found_before_sampling():
+    R.check_available([R.SSIM_Y], size=(32, 40))
+    with pytest.raises(ValueError, match=r"ssim_y cannot score images of \(16, 40\)"): R.check_available([R.SSIM_Y], size=(16, 40))
+    with pytest.raises(ValueError, match=r"ms_ssim cannot score images of \(32, 32\)"): R.check_available([R.MS_SSIM], size=(32, 32))
+
+
+def test_silent_server_is_not_waited_for():
+    silent = socket.socket()
+    silent.bind(("127.0.0.1", 0))
+    silent.listen(1)
+    start = time.monotonic()
+    assert not R._answers(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=.5)
+    assert time.monotonic()-start < 5
+    silent.close()
+
+
+def test_slow_name_lookup_is_not_waited_for(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: release.wait(30))
+    start = time.monotonic()
+    assert not R._answers("http://name.that.hangs.invalid", seconds=.5)
+    assert time.monotonic()-start < 5
+    release.set()
+
+
+def test_without_metric_packages(root, clean_env):
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('pyiqa','lpips','stlpips_pytorch','pycvvdp','torchvision','huggingface_hub'):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import torch
+from srnb import rewards as R
+x = torch.rand(2, 3, 32, 32)
+R.score_group((R.PSNR_Y, R.SSIM_Y), x, x[0])
+for m in (R.ST_LPIPS_ALEX, R.LPIPS_VGG, R.CVVDP, R.PIQE):
+    try: R.check_available([m])
+    except R.MetricUnavailable as e: print(e)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, env=clean_env, capture_output=True, text=True, check=True).stdout
+    for name in ("stlpips-pytorch", "lpips", "cvvdp", "pyiqa"): assert f"`pip install {name}`" in out
+
+
+# the ladder
+
+def test_ladder_rule():
+    good = dict(zip(R.LADDER, [10, 9, 5, 8, 4, 7, 1, 2], strict=True))
+    def check(**change): R.check_ladder(pd.DataFrame([good | change], index=["b"]), B)
+    check()
+    check(bicubic4=9.9)
+    for change, said in [(dict(jpeg10=9), "jpeg50 is not above jpeg10"), (dict(noise30=8.5), "noise10 is not above noise30"),
+                         (dict(blur3=7.5), "blur1 is not above blur3"), (dict(bicubic4=10), "gt is not above bicubic4")]:
+        with pytest.raises(ValueError, match=said): check(**change)
+    with pytest.raises(ValueError, match="gave nan"): check(blur1=float("nan"))
+    with pytest.raises(ValueError, match="at least 8 photographs"): R.ladder_table([B], [torch.zeros(3, 32, 32)]*7)
+    with pytest.raises(ValueError, match="multiples of 4"): R.ladder_images(torch.zeros(3, 30, 32))
+
+
+@pytest.mark.parametrize("size", [192, 256])
+def test_offline_preset_passes_the_ladder(size):
+    photos = [centre_crop(p.read(), size).contiguous() for p in embedded_photos()[:8]]
+    table = R.ladder_table(R.OFFLINE.metrics, photos)
+    for m in R.OFFLINE.metrics: R.check_ladder(table, m)
