@@ -128,12 +128,13 @@ def check_disjoint(
     shared = {p.sha256: p for p in train}
     for q in held_out:
         if q.sha256 in shared:
-            raise ValueError(f"{shared[q.sha256].path} (train) is the same file as {q.id!r} (held out); take it out of one set")
+            raise ValueError(f"{shared[q.sha256].path} (train) is the same file as {q.id!r} (held out); "
+                             "take it out of one set")
     d = look_distance(train, held_out)
     if d.min() < closest:
         i, j = divmod(int(d.argmin()), d.shape[1])
-        raise ValueError(f"{train[i].path} (train) looks like {held_out[j].id!r} (held out): thumbnails differ by {d.min():.4f}, "
-                         f"below {closest}; take it out of one set")
+        raise ValueError(f"{train[i].path} (train) looks like {held_out[j].id!r} (held out): "
+                         f"thumbnails differ by {d.min():.4f}, below {closest}; take it out of one set")
 
 # %% ../nbs/04_data.ipynb #04-data-031
 def share_of(
@@ -151,8 +152,8 @@ def split_photos(
     sets = [[replace(p, split=name) for p in photos if (share_of(p) < held_out) == (name == "held_out")]
             for name in ("train", "held_out")]
     if not all(sets):
-        raise ValueError(f"splitting {len(photos)} photographs at held_out={held_out} gives {len(sets[0])} for training and "
-                         f"{len(sets[1])} held out; use more photographs or another share")
+        raise ValueError(f"splitting {len(photos)} photographs at held_out={held_out} gives {len(sets[0])} for "
+                         f"training and {len(sets[1])} held out; use more photographs or another share")
     check_disjoint(*sets)
     return tuple(sets)
 
@@ -167,7 +168,8 @@ def crop(
     h, w = (size, size) if isinstance(size, int) else size
     H, W = image.shape[-2:]
     if min(h, w) < 1 or min(top, left) < 0 or top+h > H or left+w > W:
-        raise ValueError(f"a crop of {h}×{w} at ({top}, {left}) does not fit into an image of {H}×{W}; use a smaller size")
+        raise ValueError(f"a crop of {h}×{w} at ({top}, {left}) does not fit into an image of {H}×{W}; "
+                         "use a smaller size")
     return image[..., top:top+h, left:left+w]
 
 def centre_crop(
@@ -185,7 +187,8 @@ def trim(
 )->Tensor:           # (...,h,w), both sides multiples of `multiple`
     "Cut the largest centred part whose sides are multiples of 8"
     h, w = [o//multiple*multiple for o in image.shape[-2:]]
-    if not h or not w: raise ValueError(f"an image of {image.shape[-2]}×{image.shape[-1]} is smaller than {multiple} pixels")
+    if not h or not w:
+        raise ValueError(f"an image of {image.shape[-2]}×{image.shape[-1]} is smaller than {multiple} pixels")
     return centre_crop(image, (h, w))
 
 # %% ../nbs/04_data.ipynb #04-data-040
@@ -241,15 +244,18 @@ class PatchPool:
         if versions < 1: raise ValueError(f"versions must be at least 1, got {versions}")
         for p in photos:
             if p.split == "held_out":
-                raise ValueError(f"photograph {p.id!r} is held out and must not enter training; pass training photographs")
+                raise ValueError(f"photograph {p.id!r} is held out and must not enter training; "
+                                 "pass training photographs")
         check_disjoint(photos, embedded_photos("held_out") if held_out is None else held_out)
         self.ids, self.scale, self.gt, self.lq = [p.id for p in photos], scale, [], []
         for p in progress(photos, "photographs degraded"):
             image = shrink(p.read(), max_side)
-            if min(image.shape[1:]) < 32: raise ValueError(f"{p.path} has {image.shape[1]}×{image.shape[2]} pixels, need at least 32×32; "
-                                                          "leave it out")
+            if min(image.shape[1:]) < 32:
+                H, W = image.shape[1:]
+                raise ValueError(f"{p.path} has {H}×{W} pixels, need at least 32×32; leave it out")
             gt = trim(image, 2*scale).contiguous()
-            lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation.name, k)), scale) for k in range(versions)]
+            lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation.name, k)), scale)
+                  for k in range(versions)]
             self.gt.append(_bytes(gt))
             self.lq.append(_bytes(torch.stack(lq)))
         self.area = list(accumulate(o.shape[1]*o.shape[2] for o in self.gt))
@@ -267,10 +273,12 @@ class PatchPool:
     )->tuple[Tensor, Tensor]: # lq (n,3,p/scale,p/scale), gt (n,3,p,p), [0, 1], 8-bit values
         "Random patches, flipped and turned alike; larger photographs are drawn more often"
         q, s, small = patch//self.scale, self.scale, self.smallest
-        if n < 1 or patch < s or patch % s: raise ValueError(f"need n >= 1 and a patch that is a multiple of {s}, got {n} and {patch}")
+        if n < 1 or patch < s or patch % s:
+            raise ValueError(f"need n >= 1 and a patch that is a multiple of {s}, got {n} and {patch}")
         if patch > min(self.gt[small].shape[1:]):
-            raise ValueError(f"photograph {self.ids[small]!r} has {self.gt[small].shape[1]}×{self.gt[small].shape[2]} pixels in the "
-                             f"pool, less than a patch of {patch}; use smaller patches or leave it out")
+            H, W = self.gt[small].shape[1:]
+            raise ValueError(f"photograph {self.ids[small]!r} has {H}×{W} pixels in the pool, less than a patch of "
+                             f"{patch}; use smaller patches or leave it out")
         lqs, gts = [], []
         for u, v, a, b, t in torch.rand(n, 5, generator=generator, dtype=torch.float64).tolist():
             i = bisect(self.area, u*self.area[-1])
@@ -288,8 +296,9 @@ def same_stem(stem:str)->str:
 def _by_name(paths:list[Path], key:Callable[[str], str])->dict[str, Path]:
     found = {}
     for p in paths:
-        if key(p.stem) in found: raise ValueError(f"{found[key(p.stem)]} and {p} are both called {key(p.stem)!r}; remove one")
-        found[key(p.stem)] = p
+        k = key(p.stem)
+        if k in found: raise ValueError(f"{found[k]} and {p} are both called {k!r}; remove one")
+        found[k] = p
     return found
 
 def paired_folder(
@@ -301,9 +310,11 @@ def paired_folder(
     "Pairs of files of two folders; ValueError names a file without partner or of the wrong size"
     lq, gt = [_by_name(find_images(d), key) for d, key in ((lq_dir, lq_name), (gt_dir, same_stem))]
     for a, b, other in ((lq, gt, gt_dir), (gt, lq, lq_dir)):
-        for k in sorted({*a}-{*b}): raise ValueError(f"{a[k]} has no partner in {other}; add it, remove this file, or give lq_name")
+        if {*a} > {*a} & {*b}:
+            raise ValueError(f"{a[min({*a}-{*b})]} has no partner in {other}; add it, drop this file, or give lq_name")
     for k in progress(sorted(lq), "pairs checked"):
         h, H = [tuple(read_image(o[k]).shape[1:]) for o in (lq, gt)]
         if H != tuple(scale*o for o in h):
-            raise ValueError(f"{gt[k]} has {H[0]}×{H[1]} pixels, but {lq[k]} has {h[0]}×{h[1]}: need exactly {scale} times as many")
+            raise ValueError(f"{gt[k]} has {H[0]}×{H[1]} pixels, but {lq[k]} has {h[0]}×{h[1]}: "
+                             f"need exactly {scale} times as many; fix the pair or give another scale")
     return [(lq[k], gt[k]) for k in sorted(lq)]

@@ -184,6 +184,7 @@ def sample_ddim(
     x:Tensor,         # (B,C,H,W), state at sigmas[0]
     sigmas:Tensor,    # (steps+1,), descending noise levels
     path:Path,        # what the prediction means
+    draw:Callable|None=None, # not asked: this sampler is deterministic
 )->Tensor:            # (B,C,H,W), state at sigmas[-1]
     "Deterministic sampler: mix the two estimates at the next level [Song+ 2020]"
     for now, after in check_sigmas(sigmas, x).unfold(0, 2, 1):

@@ -84,7 +84,7 @@ def _sample(self,
     lq:Tensor,                         # (B,3,h,w), [0, 1]
     seeds:Sequence,                    # (S,) integers used for every image, or (B,S): one list per image
     steps:int=10,                      # sampler steps
-    sampler:Callable=sample_ddim,      # (predict, x, sigmas, path[, draw]) -> z
+    sampler:Callable=sample_ddim,      # (predict, x, sigmas, path, draw) -> z
     batch:int=1,                       # samples computed together
 )->Tensor:                             # (B,S,3,H,W), 8-bit values in [0, 1], on the CPU
     "Draw S super-resolved images of every input; each depends on its image and its seed alone"
@@ -103,8 +103,7 @@ def _sample(self,
         def draw(x, gens=gens): return randn_each(x.shape[1:], gens).to(x)
         def predict(x, sigma, cond=cond): return self.predict(x, sigma, cond)
         x = randn_each(shape, gens).to(self.device)
-        extra = (draw,) if "draw" in sampler.__code__.co_varnames[:sampler.__code__.co_argcount] else ()
-        out.append(self.codec.decode(sampler(predict, x, sigmas, self.path, *extra), cond).cpu())
+        out.append(self.codec.decode(sampler(predict, x, sigmas, self.path, draw), cond).cpu())
     self.net.train(training)
     return torch.cat(out).reshape(len(lq), len(table[0]), *shape)
 

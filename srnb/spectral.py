@@ -17,7 +17,8 @@ def check_residual(
     if gamma.ndim != 4 or 0 in gamma.shape:
         raise ValueError(f"a residual must have shape (B,C,H,W) with no empty axis, got {tuple(gamma.shape)}")
     if gamma.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"a residual must be float32, got {gamma.dtype}; cast predictions to float32 before subtracting")
+        raise TypeError(f"a residual must be float32, got {gamma.dtype}; cast predictions to float32 "
+                        "before subtracting")
     return gamma
 
 def l2_energy(

@@ -1,4 +1,4 @@
-"What the pages of `srnb.spectral` and `srnb.preference` cannot hold: four checks that wrong losses must fail, adapters, float32"
+"What the pages of `srnb.spectral` and `srnb.preference` cannot hold: checks that wrong losses must fail, adapters"
 import math
 
 import pytest
@@ -18,7 +18,8 @@ C, H, W = 3, 8, 10
 def rand(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
-def close(a, b, atol=0., rtol=0.): torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=rtol, check_dtype=False)
+def close(a, b, atol=0., rtol=0.):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=rtol, check_dtype=False)
 
 # ---- a loss is a function of four residuals (B,C,H,W) and kappa, (B,) out
 
@@ -46,20 +47,21 @@ def check_fixed_point(loss):
     _, _, w, l = batch()
     x, y = w.clone().requires_grad_(), l.clone().requires_grad_()
     value = loss(x, y, w, l, KAPPA)
-    close(value, torch.full((5,), LOG2), atol=1e-9)
-    gw, gl = torch.autograd.grad(value.sum(), [x, y])
+    close(value, torch.full((5,), LOG2, dtype=torch.float64), atol=1e-9)
+    gw, gl = torch.autograd.grad(value.sum(), [x, y], materialize_grads=True)
     close(gw, KAPPA/2*2*w/(C*H*W), atol=1e-10) # -kappa/2 times the gradient of the margin
     close(gl, -KAPPA/2*2*l/(C*H*W), atol=1e-10)
 
 def check_hand(loss):
-    "Energies .30 and .51, of the reference .32 and .50: margin .03; at kappa 100 log(1+exp(-3)). A second pair has margin 0"
+    "Energies .30 and .51, the reference's .32 and .50: margin .03, at kappa 100 log(1+exp(-3)). Second pair: 0"
     def const(*energies): return torch.stack([torch.full((C, H, W), e**.5, dtype=torch.float64) for e in energies])
-    close(loss(const(.30, .2), const(.51, .4), const(.32, .2), const(.50, .4), 100.), torch.tensor([.0485873516, LOG2], dtype=torch.float64), atol=1e-9)
+    value = loss(const(.30, .2), const(.51, .4), const(.32, .2), const(.50, .4), 100.)
+    close(value, torch.tensor([.0485873516, LOG2], dtype=torch.float64), atol=1e-9)
 
 def check_gradient(loss):
     w, l, ref_w, ref_l = batch()
     x, y = w.clone().requires_grad_(), l.clone().requires_grad_()
-    gw, gl = torch.autograd.grad(loss(x, y, ref_w, ref_l, KAPPA).sum(), [x, y])
+    gw, gl = torch.autograd.grad(loss(x, y, ref_w, ref_l, KAPPA).sum(), [x, y], materialize_grads=True)
     n = C*H*W
     margin = ((l**2).sum((1, 2, 3))-(ref_l**2).sum((1, 2, 3))-(w**2).sum((1, 2, 3))+(ref_w**2).sum((1, 2, 3)))/n
     slope = (KAPPA*(-KAPPA*margin).sigmoid()).reshape(-1, 1, 1, 1)
@@ -80,7 +82,10 @@ CHECKS = [check_fixed_point, check_hand, check_gradient, check_extreme]
 @pytest.mark.parametrize("loss", [right, as_group])
 def test_loss(loss, check): check(loss)
 
-@pytest.mark.parametrize("wrong", [flipped, summed, early_mean, swapped, left_on, no_reference, half_missing, log_of_sigmoid, loser_forgotten, detached])
+WRONG = [flipped, summed, early_mean, swapped, left_on, no_reference, half_missing, log_of_sigmoid, loser_forgotten,
+         detached]
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_losses_fail(wrong):
     failed = []
     for check in CHECKS:
@@ -107,8 +112,9 @@ def test_group_is_the_pair_loop(n, weighted):
     loop = []
     for g in range(3):
         rows = [(2*n*g+i, 2*n*g+n+j, i, j) for i in range(n) for j in range(n)]
-        loop.append(sum((weight[g, i, j] if weighted else 1.)*right(now[a:a+1], now[b:b+1], ref[a:a+1], ref[b:b+1], KAPPA)[0]
-                        for a, b, i, j in rows)/n**2)
+        pairs = [right(now[a:a+1], now[b:b+1], ref[a:a+1], ref[b:b+1], KAPPA)[0] for a, b, _, _ in rows]
+        loop.append(sum((weight[g, i, j] if weighted else 1.)*o
+                        for o, (_, _, i, j) in zip(pairs, rows, strict=True))/n**2)
     close(value, torch.stack(loop), atol=1e-5)
     ours, theirs = (torch.autograd.grad(o.mean(), now, retain_graph=True)[0] for o in (value, torch.stack(loop)))
     close(ours, theirs, atol=1e-5*theirs.abs().max().item())
@@ -129,7 +135,8 @@ def test_constant_weights_scale():
 def tiny_policy(seed=0):
     g, net = torch.Generator().manual_seed(seed), SmallUNet(UNetConfig((8, 8), (1, 1), 8))
     with torch.no_grad():
-        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.5/p[0].numel()**.5 if p.ndim > 1 else .1))
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g)*(.5/p[0].numel()**.5 if p.ndim > 1 else .1))
     policy = Policy(net)
     return policy, policy.add_lora(4, seed=seed)
 
@@ -217,9 +224,11 @@ def test_safeguard_is_the_largest_allowed():
         lam = safeguard_scale(list(a), list(b))
         if lam < 1: assert (a*(a+1.01*lam*b)).sum() < 0
 
-@pytest.mark.parametrize("a,b,expected", [([1., 0.], [-4., 3.], .25), ([1., 0.], [-.5, 0.], 1.), ([1., 0.], [0., 1.], 1.),
-                                          ([0., 0.], [1., 1.], 1.), ([1e-12, 0.], [-1e6, 0.], 1e-18)])
-def test_safeguard_by_hand(a, b, expected): close(safeguard_scale([torch.tensor(a)], [torch.tensor(b)]), expected, rtol=1e-5)
+@pytest.mark.parametrize("a,b,expected", [
+    ([1., 0.], [-4., 3.], .25), ([1., 0.], [-.5, 0.], 1.), ([1., 0.], [0., 1.], 1.), ([0., 0.], [1., 1.], 1.),
+    ([1e-12, 0.], [-1e6, 0.], 1e-18)])
+def test_safeguard_by_hand(a, b, expected):
+    close(safeguard_scale([torch.tensor(a)], [torch.tensor(b)]), expected, rtol=1e-5)
 
 @pytest.mark.parametrize("safe", [False, True])
 def test_winner_after_one_step(safe):
@@ -232,13 +241,15 @@ def test_winner_after_one_step(safe):
     lam = safeguard_scale(a, b) if safe else 1.
     after_w, after_l = gaps((theta-1e-5*(a[0]+lam*b[0])).detach())
     assert after_l.mean() > 0
-    if safe: assert after_w.mean() < 1e-6 < 1e-2*after_l.mean() or after_w.mean() <= 0
-    else: assert after_w.mean() > 1e-5
+    if safe: assert after_w.mean() < 1e-3*after_l.mean() # what is left is of second order in the rate
+    else: assert after_w.mean() > .1*after_l.mean()
 
 # ---- precision
 
+def two_energies(p, r): return l2_energy(p)-l2_energy(r)
+
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("gap,bound", [(energy_gap, 2e-3), (lambda p, r: l2_energy(p)-l2_energy(r), 2e-2)], ids=["difference", "two energies"])
+@pytest.mark.parametrize("gap,bound", [(energy_gap, 2e-3), (two_energies, 2e-2)])
 def test_precision_of_the_margin(gap, bound, autocast):
     ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32); now = ref+1e-3*d
     true = pair_margin(*energy_gap(now.double()-target, ref.double()-target).chunk(2))
@@ -252,9 +263,10 @@ def test_a_lowered_energy_misses_the_bound():
     ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32); now = ref+1e-3*d
     true = pair_margin(*energy_gap(now.double()-target, ref.double()-target).chunk(2))
     with torch.autocast("cpu", torch.bfloat16):
-        e = [torch.einsum("bi,bi->b", o.flatten(1), o.flatten(1)).float()/o[0].numel() for o in (now-target, ref-target)]
+        flat = [o.flatten(1) for o in (now-target, ref-target)]
+        e = [torch.einsum("bi,bi->b", o, o).float()/o[0].numel() for o in flat]
     margin = pair_margin(*(e[0]-e[1]).chunk(2))
-    assert ((margin-true).square().mean()/true.square().mean()).sqrt() > 1
+    assert ((margin-true).square().mean()/true.square().mean()).sqrt() > .5 # nothing of the margin is left
 
 # ---- bad input
 
@@ -270,9 +282,14 @@ def test_shapes_are_refused():
     for bad in (o[0], o[:0], o.flatten(1)):
         with pytest.raises(ValueError, match="B,C,H,W"): l2_energy(bad)
     with pytest.raises(ValueError, match="one shape"): energy_gap(o, o[:1])
-    with pytest.raises(ValueError, match="one gap per"): pair_margin(torch.ones(3), torch.ones(1))
-    with pytest.raises(ValueError, match="one weight per pair"): group_loss(torch.ones(1, 3), torch.ones(1, 3), 1., torch.ones(3, 3))
-    with pytest.raises(ValueError, match="residuals of 8"): diagnostics(o, o, torch.ones(1, 4), torch.ones(1, 4), 1., l2_energy)
+    with pytest.raises(ValueError, match="every winner needs"): pair_margin(torch.ones(3), torch.ones(1))
+    with pytest.raises(ValueError, match="one weight per pair"):
+        group_loss(torch.ones(1, 3), torch.ones(1, 3), 1., torch.ones(3, 3))
+    with pytest.raises(ValueError, match="residuals of 8"):
+        diagnostics(o, o, torch.ones(1, 4), torch.ones(1, 4), 1., l2_energy)
+    x = torch.ones(2, requires_grad=True); gap = (2*x).reshape(1, 2)
+    with pytest.raises(ValueError, match="very tensors"):
+        group_gradients(group_loss(gap, gap, 1.).sum(), gap[:, :1], gap[:, 1:], [x])
 
 @pytest.mark.parametrize("kappa", [0, -1., float("nan")])
 def test_kappa_is_positive(kappa):
