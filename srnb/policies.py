@@ -6,10 +6,13 @@
 __all__ = ['ResidualCodec', 'Policy', 'save_pretrained', 'from_pretrained', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -185,8 +188,7 @@ def from_pretrained(
     device:str|torch.device="cpu",
 )->Policy:
     "Read a policy whose network was trained as a flow; it can run on any path of room 02"
-    import json
-    folder = Path(__file__).parent/"weights"/"small" if folder == "small" else Path(folder)
+    folder = Path(str(files("srnb")))/"weights"/"small" if folder == "small" else Path(folder)
     net = load_net(folder)
     meta = json.loads((folder/"policy.json").read_text())
     if meta["trained_on"] != "Flow": raise ValueError(f"{folder}: trained on {meta['trained_on']}; only Flow is known here")
@@ -200,7 +202,6 @@ def save_adapter(
     name:str="policy",    # which adapter
 )->Path:                  # folder that holds adapter_config.json and adapter_model.safetensors
     "Write one adapter in PEFT's format"
-    import shutil
     folder = Path(folder)
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)

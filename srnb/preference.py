@@ -40,11 +40,11 @@ def dpo_loss(
 
 # %% ../nbs/30_preference.ipynb #30-preference-034
 def group_margins(
-    gap_w:Tensor, # (G,N) mean square, of the winners
-    gap_l:Tensor, # (G,N) of the losers
-)->Tensor:        # (G,N,N), [g, winner, loser]
+    gap_w:Tensor, # (G,Nw) mean square, of the winners
+    gap_l:Tensor, # (G,Nl) of the losers
+)->Tensor:        # (G,Nw,Nl), [g, winner, loser]
     "Margins of every winner against every loser of its group"
-    _check_gaps(gap_w, gap_l)
+    _check_gaps(gap_w[..., :1], gap_l[..., :1])
     return gap_l[..., None, :] - gap_w[..., :, None]
 
 def group_loss(
@@ -96,8 +96,9 @@ def group_gradients(
     if pull[0] is None or pull[1] is None:
         raise ValueError("the loss does not depend on gap_w or gap_l; pass the very tensors it was made from, "
                          "not new slices")
-    grads_w = torch.autograd.grad(gap_w, params, pull[0], retain_graph=True, materialize_grads=True)
-    return grads_w, torch.autograd.grad(gap_l, params, pull[1], materialize_grads=True)
+    # Sums and not grad_outputs, whose first use imports sympy, which takes seconds
+    grads_w = torch.autograd.grad((gap_w*pull[0]).sum(), params, retain_graph=True, materialize_grads=True)
+    return grads_w, torch.autograd.grad((gap_l*pull[1]).sum(), params, materialize_grads=True)
 
 # %% ../nbs/30_preference.ipynb #30-preference-050
 def safeguard_scale(
@@ -105,6 +106,9 @@ def safeguard_scale(
     grads_l:Sequence[Tensor], # the same of the losers
 )->Tensor:                    # () in [0, 1]: step along -(grads_w + scale*grads_l)
     "How much of the losers' gradient may be used before the winners' error rises, to first order of a gradient step"
-    aa = torch.stack([a.square().sum() for a in grads_w]).sum()
-    ab = torch.stack([(a*b).sum() for a, b in zip(grads_w, grads_l, strict=True)]).sum()
+    def dot(a, b): # in float32 at least: the scale is often within a few per cent of 1
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return (a.to(wide)*b.to(wide)).sum()
+    aa = torch.stack([dot(a, a) for a in grads_w]).sum()
+    ab = torch.stack([dot(a, b) for a, b in zip(grads_w, grads_l, strict=True)]).sum()
     return torch.where(ab < -aa, aa/-ab, torch.ones_like(aa))

@@ -312,7 +312,7 @@ def orient(
 
 @dataclass(frozen=True)
 class GroupMinMax:
-    "Worst and best of the group itself become 0 and 1 [DP2O-SR 2510.18851, sec. 3.2]"
+    "Worst and best of the group itself become 0 and 1 [DP2O-SR 2510.18851]"
     constant:float=.5 # given to all candidates if they tie; the paper leaves it open
     def __call__(self,
         values,        # (M,) raw scores of one group
@@ -379,7 +379,7 @@ def hybrid(
     reward:Reward,
     normaliser:Callable=GroupMinMax(), # (values, metric) -> (M,), larger is better
 )->Tensor:                         # (M,) float64, larger is better
-    "Hybrid reward of one group [DP2O-SR 2510.18851, sec. 3.2]"
+    "Hybrid reward of one group [DP2O-SR 2510.18851]"
     missing = [m.name for m in reward.metrics if m.name not in scores]
     if missing: raise ValueError(f"no scores of {', '.join(missing)}, which reward {reward.name} needs; got {', '.join(scores)}")
     scaled = {m.name: normaliser(scores[m.name], m) for m in reward.metrics}

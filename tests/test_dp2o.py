@@ -88,7 +88,7 @@ def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
 
 
 def test_kill_9(whole, config, tmp_path):
-    "The same through the command line, by SIGKILL at two moments"
+    "The same through the command line, by SIGKILL at two moments; Accelerate's launcher finishes it"
     out = tmp_path/"killed"
     fields = {k: v for k, v in training.asdict(config).items()} | dict(run="dp2o", out_dir=str(out))
     (tmp_path/"config.json").write_text(json.dumps(fields))
@@ -98,7 +98,8 @@ def test_kill_9(whole, config, tmp_path):
         while run.poll() is None and not moment(): time.sleep(.01)
         run.send_signal(signal.SIGKILL)
         run.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", *command[2:]]
+    done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     same_result(out, whole)
 

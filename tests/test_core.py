@@ -1,0 +1,77 @@
+"Image files of every kind, and records that a crash or a full disk leaves whole"
+import errno
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from srnb.core import check_close, generator, open_run, read_image, write_image, write_json, write_table
+
+
+def png16(path, rgb):
+    "A 16-bit RGB PNG, which Pillow reads as 8 bit without a word"
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
+    def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    head = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.fixture
+def rgb(): return torch.randint(0, 256, (9, 7, 3), generator=generator(0), dtype=torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
+def test_readable(tmp_path, rgb, mode):
+    "Grey is repeated, a palette is looked up, an opaque alpha channel is dropped"
+    im = Image.fromarray(rgb).convert(mode)
+    im.save(tmp_path/"x.png")
+    want = torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1)/255
+    check_close(read_image(tmp_path/"x.png"), want, atol=1e-7)
+
+
+def test_orientation_tag(tmp_path, rgb):
+    im, exif = Image.fromarray(rgb), Image.Exif()
+    exif[274] = 6 # rotate by 90 degrees
+    im.save(tmp_path/"x.png", exif=exif)
+    assert read_image(tmp_path/"x.png").shape == (3, 7, 9)
+
+
+def test_refused(tmp_path, rgb):
+    alpha = np.concatenate([rgb, np.full((9, 7, 1), 254, np.uint8)], 2)
+    Image.fromarray(alpha).save(tmp_path/"alpha.png")
+    Image.fromarray((rgb[..., 0].astype(np.uint16)*257)).save(tmp_path/"grey16.png")
+    png16(tmp_path/"rgb16.png", rgb.astype(np.uint16)*257)
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path/"cmyk.jpg")
+    Image.fromarray(np.tile(rgb, (20, 20, 1))).save(tmp_path/"whole.jpg")
+    (tmp_path/"cut.jpg").write_bytes((tmp_path/"whole.jpg").read_bytes()[:2000])
+    (tmp_path/"empty.png").write_bytes(b"")
+    for name, message in (("alpha.png", "flatten"), ("grey16.png", "8-bit"), ("rgb16.png", "8-bit"), ("cmyk.jpg", "CMYK"), ("cut.jpg", "truncated"),
+                          ("empty.png", "not an image")):
+        with pytest.raises(ValueError, match=f"{name}.*{message}"): read_image(tmp_path/name)
+    with pytest.raises(FileNotFoundError, match="nowhere.png"): read_image(tmp_path/"nowhere.png")
+    with pytest.raises(ValueError, match="png"): write_image(tmp_path/"x.jpg", torch.zeros(3, 2, 2))
+
+
+@pytest.mark.parametrize("write", [lambda p: write_json(p, dict(a=2)), lambda p: write_table(p, pd.DataFrame(dict(a=[2])))], ids=["json", "table"])
+def test_full_disk(tmp_path, monkeypatch, write):
+    "What stood there before still stands, and nothing half written stays"
+    path = tmp_path/"x"
+    path.write_text("before")
+    def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"): write(path)
+    assert path.read_text() == "before" and [o.name for o in tmp_path.iterdir()] == ["x"]
+
+
+def test_moved_run(tmp_path):
+    "A run folder may be moved; its config decides, not its place"
+    open_run(tmp_path/"a", dict(kappa=1.))
+    (tmp_path/"a").rename(tmp_path/"b")
+    open_run(tmp_path/"b", dict(kappa=1.))
+    assert json.loads((tmp_path/"b"/"config.json").read_text())["params"] == dict(kappa=1.)
