@@ -88,7 +88,7 @@ def _sample(self,
     seeds:Sequence,                    # (S,) integers used for every image, or (B,S): one list per image
     steps:int=10,                      # sampler steps
     sampler:Callable=sample_ddim,      # (predict, x, sigmas, path, draw) -> z
-    batch:int=1,                       # samples computed together
+    batch:int|None=None,               # samples computed together; None: 1 on a CPU, 8 elsewhere
 )->Tensor:                             # (B,S,3,H,W), 8-bit values in [0, 1], on the CPU
     "Draw S super-resolved images of every input; each depends on its image and its seed alone"
     check_images(lq, "lq")
@@ -98,7 +98,7 @@ def _sample(self,
         raise ValueError(f"need the same number of seeds, at least one, for each of {len(lq)} images")
     todo = [(b, int(s)) for b, row in enumerate(table) for s in row]
     shape, out, training = [3, *(self.codec.factor*n for n in lq.shape[-2:])], [], self.net.training
-    sigmas = self.path.sigma_grid(steps).to(self.device)
+    sigmas, batch = self.path.sigma_grid(steps).to(self.device), batch or (1 if self.device.type == "cpu" else 8)
     self.net.eval()
     for i in range(0, len(todo), batch):
         part = todo[i:i+batch]

@@ -408,38 +408,43 @@ def train_dp2o(
     cfg:DPORun, # everything that decides the result
 )->Path:        # the run's folder: config.json, log.parquet, adapter/, metrics.parquet
     "Curate, train, evaluate before and after; resumes, and says so if it is already done"
+    from accelerate import PartialState
     reward, degradation = REWARDS[cfg.reward], DEGRADATIONS[cfg.degradation]
     judges = [METRICS[n] for n in cfg.judges if n not in {m.name for m in reward.metrics}]
     check_available([*reward.metrics, *judges], (cfg.size, cfg.size))
-    out = open_run(cfg.out_dir, record_of(cfg))
-    if run_done(out):
-        print(f"{out} is done"); return out
-    train, test = photo_sets(cfg.photos, cfg.held_out)
-    if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-    note = dict(degradation=cfg.degradation, size=cfg.size)
-    crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
-    probes = [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
-    policy = from_pretrained(cfg.backbone, PATHS[cfg.path], DTYPES[cfg.precision])
-    print(f"candidates: {len(crops)} crops of {len(train)} photographs, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
-    make_bank(out/"bank", policy, crops, cfg.m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-    make_bank(out/"before", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-    ids, scores = [i for i, _, _ in crops], score_bank(out/"bank", reward.metrics)
-    bounds = bank_bounds(scores, reward)
-    bounds.save(out/"bounds.json")
+    state = PartialState()
+    with state.main_process_first(): # one process curates, the others find the work done
+        out = open_run(cfg.out_dir, record_of(cfg))
+        if run_done(out):
+            print(f"{out} is done"); return out
+        train, test = photo_sets(cfg.photos, cfg.held_out)
+        if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
+        note = dict(degradation=cfg.degradation, size=cfg.size)
+        crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
+        probes = [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
+        policy = from_pretrained(cfg.backbone, PATHS[cfg.path], DTYPES[cfg.precision], state.device)
+        print(f"candidates: {len(crops)} crops of {len(train)} photographs, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
+        make_bank(out/"bank", policy, crops, cfg.m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
+        make_bank(out/"before", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
+        ids, scores = [i for i, _, _ in crops], score_bank(out/"bank", reward.metrics)
+        bounds = bank_bounds(scores, reward)
+        bounds.save(out/"bounds.json")
     rewards = bank_reward(scores, reward, ids, bounds if cfg.normaliser == "global" else GroupMinMax())
     pairs = pairs_of_bank(out/"bank", ids, rewards, cfg.n, *HPO[cfg.hpo])
     policy.add_lora(cfg.rank, seed=cfg.seed)
+    net = policy.net.to(state.device)
     loss, backward = preference_loss(pairs, policy, cfg.kappa, cfg.groups, cfg.patch, cfg.seed, safeguard=cfg.safeguard)
-    net = policy.net
     weights, log = fit(net, loss, cfg.loop, out, backward)
     with torch.no_grad():
         for n, p in net.named_parameters():
             if n in weights: p.copy_(weights[n])
     policy.net = net
-    write_table(out/"log.parquet", log)
-    save_adapter(policy, out/"adapter")
-    make_bank(out/"after", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-    write_table(out/"metrics.parquet", evaluate(out, [i for i, _, _ in probes], reward, bounds, judges))
+    with state.main_process_first():
+        if run_done(out): return out
+        write_table(out/"log.parquet", log)
+        save_adapter(policy, out/"adapter")
+        make_bank(out/"after", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
+        write_table(out/"metrics.parquet", evaluate(out, [i for i, _, _ in probes], reward, bounds, judges))
     return out
 
 # %% ../nbs/40_training.ipynb #40-training-045

@@ -1,0 +1,51 @@
+"Adapters as PEFT itself reads them, and the shipped base"
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from srnb.core import check_close, generator
+from srnb.data import embedded_photos
+from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
+from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter
+
+
+def toy():
+    net, g = SmallUNet(UNetConfig((16, 16), (1, 1), 16)), generator(0)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*.1)
+    return net
+
+
+def test_peft_reads_the_adapter(tmp_path):
+    "An adapter that we wrote gives, through PEFT's own loader, what the policy predicts"
+    policy, g = Policy(toy()), generator(1)
+    for p in policy.add_lora(3, alpha=6): p.data.normal_(0, .1, generator=g)
+    save_adapter(policy, tmp_path/"a")
+    x, sigma, lq = torch.randn(2, 3, 32, 32, generator=g), torch.tensor([.2, .9]), torch.rand(2, 3, 8, 8, generator=g)
+    theirs = PeftModel.from_pretrained(toy(), tmp_path/"a")
+    with torch.no_grad():
+        check_close(theirs(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
+        check_close(load_adapter(Policy(toy()), tmp_path/"a").predict(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
+
+
+def test_adapter_does_not_depend_on_the_global_seed():
+    def weights(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return [p.detach().clone() for p in Policy(toy()).add_lora(3, seed=7)]
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+def test_shipped_base(tmp_path):
+    "bf16 on disk, float32 in use, under its share of the package, finite and in range on a photograph of odd shape"
+    policy = from_pretrained()
+    folder = save_net(policy.net, tmp_path, torch.bfloat16)
+    assert (folder/"model.safetensors").stat().st_size < 6e6
+    with safe_open(folder/"model.safetensors", "pt") as f: assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
+    with torch.no_grad():
+        for a, b in zip(load_net(folder).parameters(), policy.net.parameters(), strict=True): check_close(a, b)
+    photo = embedded_photos("held_out")[0].read()[None, :, :48, :80]
+    lq = torch.nn.functional.avg_pool2d(photo, 4)
+    sr = policy.sample(lq, [0], steps=2)
+    assert sr.shape == (1, 1, 3, 48, 80) and 0 <= sr.min() and sr.max() <= 1
+    assert (sr[0, 0]-photo[0]).square().mean() < .02
