@@ -187,6 +187,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.policies._activate': ('policies.html#_activate', 'srnb/policies.py'),
                                'srnb.policies._add_lora': ('policies.html#_add_lora', 'srnb/policies.py'),
                                'srnb.policies._lora_layers': ('policies.html#_lora_layers', 'srnb/policies.py'),
+                               'srnb.policies._peft': ('policies.html#_peft', 'srnb/policies.py'),
                                'srnb.policies._reference': ('policies.html#_reference', 'srnb/policies.py'),
                                'srnb.policies._sample': ('policies.html#_sample', 'srnb/policies.py'),
                                'srnb.policies.from_pretrained': ('policies.html#from_pretrained', 'srnb/policies.py'),

@@ -7,6 +7,7 @@ __all__ = ['ResidualCodec', 'Policy', 'save_pretrained', 'from_pretrained', 'sav
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,12 @@ def _sample(self,
 Policy.sample = _sample
 
 # %% ../nbs/11_policies.ipynb #11-policies-020
+def _peft():
+    "The peft package; its import of bitsandbytes would warn about kernels that nothing here uses"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+    return peft
+
 def _add_lora(self,
     rank:int=16,             # of every layer
     alpha:float|None=None,   # scale alpha/rank; None: alpha = rank
@@ -121,11 +128,10 @@ def _add_lora(self,
     targets:Sequence[str]=("conv1", "conv2"), # layer names that receive an adapter
 )->list[nn.Parameter]:       # the trainable parameters, and nothing else requires a gradient
     "Add a zero-initialised low-rank adapter to the network; the policy's prediction does not change"
-    from peft import LoraConfig, get_peft_model
     if rank < 1: raise ValueError(f"rank must be at least 1, got {rank}")
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), lora_dropout=0., bias="none")
+    config = _peft().LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), lora_dropout=0., bias="none")
     if hasattr(self.net, "peft_config"): self.net.add_adapter(name, config)
-    else: self.net = get_peft_model(self.net, config, adapter_name=name)
+    else: self.net = _peft().get_peft_model(self.net, config, adapter_name=name)
     for path, layer in _lora_layers(self.net):
         a = layer.lora_A[name].weight
         bound = 1/math.sqrt(a[0].numel())
@@ -221,13 +227,12 @@ def load_adapter(
     train:bool=False,     # whether it receives gradients
 )->Policy:
     "Read an adapter onto a policy; the error names the folder and what does not fit"
-    from peft import PeftModel
     folder = Path(folder)
     if not (folder/"adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {folder}: give a folder that save_adapter or PEFT wrote")
     try:
         if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
-        else: policy.net = PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
+        else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
     _activate(policy, name if train else None)
     return policy

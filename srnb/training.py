@@ -66,7 +66,6 @@ class Loop:
     ema:float = 0.            # limit of the average's decay; 0: no average
     save_every:int = 50       # steps between checkpoints
     log_every:int = 10        # steps between logged rows
-    precision:str = "no"      # Accelerate's mixed_precision: "no" or "bf16"
     def __post_init__(self):
         if self.steps < 1 or self.parts < 1: raise ValueError(f"steps and parts must be at least 1, got {self.steps}, {self.parts}")
         if not self.lr > 0: raise ValueError(f"lr must be positive, got {self.lr}")
@@ -98,7 +97,7 @@ def fit(
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
     from accelerate import Accelerator
     out = Path(out_dir)
-    accelerator = Accelerator(mixed_precision=loop.precision, log_with="tensorboard", project_dir=str(out))
+    accelerator = Accelerator(log_with="tensorboard", project_dir=str(out))
     params = [p for p in model.parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
     optimiser = torch.optim.AdamW(params, lr=loop.lr, weight_decay=loop.weight_decay)
