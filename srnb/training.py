@@ -213,7 +213,7 @@ def train_sft(
     "Train a base; resumes, and says so if it is already done"
     out = open_run(cfg.out_dir, record_of(cfg))
     if (out/"policy"/"policy.json").exists():
-        print(f"{out} is done"); return out
+        print(f"{os.path.relpath(out)} is done"); return out
     photos = [p for f in cfg.photos for p in find_photos(f)] if cfg.photos else embedded_photos("train")
     check_disjoint(photos, embedded_photos("held_out"))
     pool = PatchPool(photos, choose("degradation", cfg.degradation, DEGRADATIONS), versions=cfg.versions, max_side=cfg.max_side)
@@ -415,7 +415,7 @@ def train_dp2o(
     with state.main_process_first(): # one process curates, the others find the work done
         out = open_run(cfg.out_dir, record_of(cfg))
         if run_done(out):
-            print(f"{out} is done"); return out
+            print(f"{os.path.relpath(out)} is done"); return out
         train, test = photo_sets(cfg.photos, cfg.held_out)
         if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
         note = dict(degradation=cfg.degradation, size=cfg.size)
