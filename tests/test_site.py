@@ -244,8 +244,8 @@ def test_index_table_by_hand(root):
     rows = [(image, seed, "reward", variant, (1+shift)*x + noise) for image, x in (("a", 1.), ("b", 2.), ("c", 6.))
             for variant, shift in (("before", 0.), ("after", 1.)) for seed, noise in ((0, -.5), (1, .5))]
     text = space["table"](pd.DataFrame(rows, columns=["image", "seed", "metric", "variant", "value"]))
-    # changes 1, 2, 6: mean 3, sd sqrt(7), t(.975, 2) = 4.30265, so half = 4.30265*sqrt(7/3) = 6.5724
-    assert text.splitlines()[-1] == "| reward | 3.0000 | 6.0000 | +3.0000 ± 6.5724 |"
+    # worst of two: x - .5 before, 2x - .5 after; changes 1, 2, 6: mean 3, sd sqrt(7), t(.975, 2) = 4.30265, half = 6.5724
+    assert text.splitlines()[-1] == "| reward, Worst@2 |  | 2.5000 | 5.5000 | +3.0000 [-3.5724, +9.5724] |"
 
 
 # ---- the sync check, papermill runs, pages and make
