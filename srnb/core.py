@@ -234,6 +234,7 @@ def git_revision()->str|None: # None outside a checkout
     "Revision of the checkout that srnb was imported from, with `+` if it has uncommitted changes"
     try:
         root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
+        if not (root/".git").exists(): return None
         def git(*a): return subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError): return None
@@ -258,7 +259,7 @@ def open_run(
         if diff: raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
                                    "give another out_dir, or delete that folder")
     else:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not p.name.startswith(".part-") for p in out.iterdir()):
             raise RunOccupied(f"{out} is not empty and holds no config.json; give another out_dir")
         write_json(config, dict(params=params, versions=versions(), git=git_revision(), cpus=os.cpu_count(),
                                 machine=platform.machine(), created=datetime.now(timezone.utc).isoformat(timespec="seconds")))

@@ -131,10 +131,12 @@ def make_bank(
     if not ids: raise ValueError("there is no photograph to sample from")
     if len(set(ids)) != len(ids): raise ValueError(f"two photographs have one id: {sorted(i for i in ids if ids.count(i) > 1)[0]}")
     for i, lq, gt in pairs: check_images(lq[None], f"lq of {i}"), check_images(gt[None], f"gt of {i}")
-    folder = open_run(folder, dict(policy=fingerprint(policy), m=m, steps=steps, sampler=sampler.__name__, seed=seed, ids=ids, **(note or {})))
+    inputs = hashlib.blake2b(b"".join(_to8(o).cpu().numpy().tobytes() for _, lq, gt in pairs for o in (lq, gt)), digest_size=8).hexdigest()
+    folder = open_run(folder, dict(policy=fingerprint(policy), m=m, steps=steps, sampler=sampler.__name__, seed=seed, ids=ids, inputs=inputs, **(note or {})))
     manifest, done = folder/"manifest.jsonl", finished_groups(folder)
     if manifest.exists() and not manifest.read_text().endswith("\n"): # a line torn by a crash: cut it off
-        manifest.write_text("".join(line + "\n" for line in manifest.read_text().split("\n")[:-1]))
+        whole = "".join(line + "\n" for line in manifest.read_text().split("\n")[:-1])
+        _replace(manifest, lambda tmp: Path(tmp).write_text(whole))
     todo = [p for p in pairs if p[0] not in done]
     for i, lq, gt in progress(todo, f"groups of {m}", total=len(ids), start=len(ids)-len(todo)):
         sr = policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler)[0]

@@ -103,7 +103,7 @@ def _forward(self,
 
 SmallUNet.features, SmallUNet.forward = _features, _forward
 
-# %% ../nbs/10_nets.ipynb #10-nets-021
+# %% ../nbs/10_nets.ipynb #10-nets-022
 def save_net(
     net:SmallUNet,                    # any dtype
     folder:str|Path,                  # made if it is not there

@@ -17,6 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .core import bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
@@ -93,6 +95,7 @@ def _sample(self,
 )->Tensor:                             # (B,S,3,H,W), 8-bit values in [0, 1], on the CPU
     "Draw S super-resolved images of every input; each depends on its image and its seed alone"
     check_images(lq, "lq")
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     table = [list(s) for s in seeds] if len(seeds) and not isinstance(seeds[0], int) else [list(seeds)]*len(lq)
     if len(table) != len(lq) or len({len(s) for s in table}) != 1 or not table[0]:
@@ -209,6 +212,8 @@ def save_adapter(
 )->Path:                  # folder that holds adapter_config.json and adapter_model.safetensors
     "Write one adapter in PEFT's format"
     folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder/"adapter_config.json").exists():
+        raise ValueError(f"{folder} is not empty and holds no adapter; give another folder")
     part = folder.with_name(f".part-{folder.name}")
     shutil.rmtree(part, ignore_errors=True)
     net = policy.net.module if hasattr(policy.net, "module") else policy.net
@@ -228,11 +233,15 @@ def load_adapter(
 )->Policy:
     "Read an adapter onto a policy; the error names the folder and what does not fit"
     folder = Path(folder)
-    if not (folder/"adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter_config.json in {folder}: give a folder that save_adapter or PEFT wrote")
+    for n in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder/n).is_file(): raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote")
+    try: saved = set(load_file(folder/"adapter_model.safetensors"))
+    except SafetensorError as e: raise ValueError(f"{folder/'adapter_model.safetensors'}: not a readable safetensors file ({e})") from e
     try:
         if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
         else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
+    have = {n.replace(f".{name}.", ".") for n, _ in policy.net.named_parameters() if f".{name}." in n}
+    if saved != have: raise ValueError(f"{folder} does not fit this network: {len(saved ^ have)} weights have no partner, first {min(saved ^ have)}")
     _activate(policy, name if train else None)
     return policy

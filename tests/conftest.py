@@ -24,6 +24,19 @@ def clean_env()->dict:
     return {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST", "PYTHONPATH")}
 
 
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "No server answers and nothing was fetched before"
+    import srnb.rewards as R
+    monkeypatch.setattr(R, "_answers", lambda url, seconds=4.: False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    R.scorer_of.cache_clear()
+    yield tmp_path
+    R.scorer_of.cache_clear()
+
+
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.outcome in ("passed", "failed"): pytest_runtest_logreport.executed += 1
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import srnb.training as training
-from srnb.core import RunOccupied, generator, read_run, to_pil
+from srnb.core import RunOccupied, generator, read_run, run_done, to_pil
 from srnb.curation import finished_groups
 from srnb.nets import SmallUNet, UNetConfig
 from srnb.paths import Flow
@@ -97,7 +97,8 @@ def test_kill_9(whole, config, tmp_path):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while run.poll() is None and not moment(): time.sleep(.01)
         run.send_signal(signal.SIGKILL)
-        run.wait()
+        assert run.wait() == -signal.SIGKILL # it did not end by itself
+    assert latest_checkpoint(out) is not None and not run_done(out)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", *command[2:]]
     done = subprocess.run(launch, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -127,7 +128,7 @@ def test_own_photographs(config, tmp_path):
 
 # ---------------------------------------------------------------- bad input
 
-def test_metric_that_cannot_be_had(config, tmp_path, monkeypatch):
+def test_metric_that_cannot_be_had(config, tmp_path, monkeypatch, offline):
     "Named, with the preset that works, before anything is sampled or written"
     monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled before the metrics were checked"))
     with pytest.raises(MetricUnavailable, match="offline"): train_dp2o(replace(config, out_dir=str(tmp_path/"x"), reward="dp2o"))
@@ -173,9 +174,9 @@ def test_sft_refuses_held_out(tmp_path):
 
 # ---------------------------------------------------------------- the notebooks
 
-def papermill(root, name, tmp_path, *args):
+def papermill(root, name, tmp_path, *args, **env):
     return subprocess.run([sys.executable, "-m", "papermill", f"nbs/{name}.ipynb", str(tmp_path/"out.ipynb"), "--log-output", "--no-progress-bar", *args],
-                          cwd=root, env=dict(os.environ, IN_TEST="1"), capture_output=True, text=True)
+                          cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["train_dp2o", "train_sft"])
@@ -186,5 +187,6 @@ def test_papermill(root, name, tmp_path):
 
 
 def test_papermill_names_the_metric(root, tmp_path):
-    run = papermill(root, "train_dp2o", tmp_path, "-p", "reward", "dp2o")
+    nowhere = dict(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
+    run = papermill(root, "train_dp2o", tmp_path, "-p", "reward", "dp2o", **nowhere)
     assert run.returncode != 0 and "MetricUnavailable" in run.stderr and "offline" in run.stderr

@@ -26,18 +26,6 @@ TOY = R.Reward("toy", fr=(A, B), nr=(C,))
 PYIQA = [m for m in (*R.DP2O.metrics, R.PIQE, R.GMSD, R.NLPD, R.MS_SSIM, R.FSIM, R.VSI, R.VIF)]
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    "No server answers and nothing was fetched before"
-    monkeypatch.setattr(R, "_answers", lambda url, seconds=4.: False)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
-    R.scorer_of.cache_clear()
-    yield tmp_path
-    R.scorer_of.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def group(): # gt (3,64,80), sr (6,3,64,80)
     g = generator(0)
