@@ -49,3 +49,9 @@ def test_shipped_base(tmp_path):
     sr = policy.sample(lq, [0], steps=2)
     assert sr.shape == (1, 1, 3, 48, 80) and 0 <= sr.min() and sr.max() <= 1
     assert (sr[0, 0]-photo[0]).square().mean() < .02
+
+
+def test_shipped_base_has_not_seen_the_embedded_photographs():
+    from srnb.training import EMBEDDED, check_unseen
+    assert len((EMBEDDED/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
+    check_unseen(EMBEDDED, embedded_photos())
