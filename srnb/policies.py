@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,8 +239,10 @@ def load_adapter(
     try: saved = set(load_file(folder/"adapter_model.safetensors"))
     except SafetensorError as e: raise ValueError(f"{folder/'adapter_model.safetensors'}: not a readable safetensors file ({e})") from e
     try:
-        if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
-        else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # missing weights are an error below
+            if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
+            else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
     have = {n.replace(f".{name}.", ".") for n, _ in policy.net.named_parameters() if f".{name}." in n}
     if saved != have: raise ValueError(f"{folder} does not fit this network: {len(saved ^ have)} weights have no partner, first {min(saved ^ have)}")
