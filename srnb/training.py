@@ -369,7 +369,7 @@ def preference_loss(
         return dict(logs, safeguard=float(scale))
     return loss, backward if safeguard else None
 
-# %% ../nbs/40_training.ipynb #40-training-047
+# %% ../nbs/40_training.ipynb #40-training-049
 REWARDS = dict(offline=OFFLINE, dp2o=DP2O)
 NORMALISERS = ("group", "global")
 HPO = dict(none=(False, False), intra=(True, False), inter=(False, True), both=(True, True))
@@ -420,7 +420,7 @@ class DPORun:
         if not 1 <= self.places <= 5: raise ValueError(f"places must lie in [1, 5], got {self.places}")
         if self.patch > self.size: raise ValueError(f"patch {self.patch} is larger than the candidates ({self.size})")
 
-# %% ../nbs/40_training.ipynb #40-training-048
+# %% ../nbs/40_training.ipynb #40-training-050
 def photo_sets(
     photos:tuple[str, ...],   # folders, or none
     held_out:tuple[str, ...], # folders, or none
@@ -482,7 +482,7 @@ def train_dp2o(
         write_table(out/"metrics.parquet", evaluate(out, [i for i, _, _ in probes], reward, bounds, judges))
     return out
 
-# %% ../nbs/40_training.ipynb #40-training-049
+# %% ../nbs/40_training.ipynb #40-training-051
 def evaluate(
     out:str|Path,         # a run's folder with the banks `before` and `after`
     ids:list[str],        # held-out photographs
@@ -506,7 +506,7 @@ def evaluate(
         rows += [dict(image=i, seed=0, metric=n, variant="bicubic", value=v.item()) for n, v in values.items()]
     return pd.DataFrame(rows).astype(dict(seed="int64", value="float64"))
 
-# %% ../nbs/40_training.ipynb #40-training-051
+# %% ../nbs/40_training.ipynb #40-training-053
 RUNS = dict(sft=(SFTRun, train_sft), dp2o=(DPORun, train_dp2o))
 
 def from_config(
@@ -523,7 +523,7 @@ def from_config(
     if "loop" in config: config["loop"] = replace(default, **config["loop"])
     return function, kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
-# %% ../nbs/40_training.ipynb #40-training-056
+# %% ../nbs/40_training.ipynb #40-training-058
 def main(argv:list[str]|None=None)->None:
     "python -m srnb.training config.json"
     argv = sys.argv[1:] if argv is None else argv
@@ -531,6 +531,6 @@ def main(argv:list[str]|None=None)->None:
     function, cfg = from_config(json.loads(Path(argv[0]).read_text()))
     print(function(cfg))
 
-# %% ../nbs/40_training.ipynb #40-training-057
+# %% ../nbs/40_training.ipynb #40-training-059
 #| eval: false
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
