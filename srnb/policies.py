@@ -64,15 +64,24 @@ class Policy:
     @property
     def device(self)->torch.device: return next(self.net.parameters()).device
 
+    def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def encode(self,
+        lq:Tensor, # (B,3,h,w), [0, 1]
+    )->Tensor:     # what `predict` takes as `cond`; lq itself if the network encodes nothing
+        "What depends on the input alone; the same for policy and reference"
+        encode = getattr(getattr(self.net, "module", self.net), "encode", None)
+        if encode is None: return lq
+        with self.autocast(): return encode(lq)
+
     def predict(self,
         x:Tensor,     # (B,C,H,W) state on the policy's path
         sigma:Tensor, # (B,) noise level
-        cond:Tensor,  # (B,3,h,w) lq in [0, 1]
+        cond:Tensor,  # (B,3,h,w) lq in [0, 1], or what `encode` made of it
     )->Tensor:        # (B,C,H,W) float32
         "What the policy predicts: the target of its path"
         def net(x, sigma):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                return self.net(x, sigma, cond).float()
+            with self.autocast(): return self.net(x, sigma, cond).float()
         if self.path == self.trained_on: return net(x, sigma)
         return convert(net, self.trained_on, self.path)(x, sigma)
 
@@ -80,7 +89,7 @@ class Policy:
         x:Tensor,      # (B,C,H,W)
         sigma:Tensor,  # (B,)
         target:Tensor, # (B,C,H,W) from the path, or from another policy
-        cond:Tensor,   # (B,3,h,w)
+        cond:Tensor,   # (B,3,h,w), or encoded
     )->Tensor:         # (B,C,H,W) float32
         "Prediction minus target, subtracted in float32"
         return self.predict(x, sigma, cond).float() - target.float()
@@ -105,19 +114,20 @@ def _sample(self,
     shape, out, training = [3, *(self.codec.factor*n for n in lq.shape[-2:])], [], self.net.training
     sigmas, batch = self.path.sigma_grid(steps).to(self.device), batch or (1 if self.device.type == "cpu" else 8)
     self.net.eval()
+    codes = [self.encode(o[None].to(self.device)) for o in lq] # one at a time: a sample does not depend on its batch
     for i in range(0, len(todo), batch):
         part = todo[i:i+batch]
-        cond, gens = lq[[b for b, _ in part]].to(self.device), [generator(s) for _, s in part]
+        cond, gens = torch.cat([codes[b] for b, _ in part]), [generator(s) for _, s in part]
         def draw(x, gens=gens): return randn_each(x.shape[1:], gens).to(x)
         def predict(x, sigma, cond=cond): return self.predict(x, sigma, cond)
         x = randn_each(shape, gens).to(self.device)
-        out.append(self.codec.decode(sampler(predict, x, sigmas, self.path, draw), cond).cpu())
+        out.append(self.codec.decode(sampler(predict, x, sigmas, self.path, draw), lq[[b for b, _ in part]].to(self.device)).cpu())
     self.net.train(training)
     return torch.cat(out).reshape(len(lq), len(table[0]), *shape)
 
 Policy.sample = _sample
 
-# %% ../nbs/11_policies.ipynb #11-policies-020
+# %% ../nbs/11_policies.ipynb #11-policies-022
 def _peft():
     "The peft package; its import of bitsandbytes would warn about kernels that nothing here uses"
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -160,7 +170,7 @@ def _activate(self:Policy, train:str|None=None)->list[nn.Parameter]:
 
 Policy.add_lora = _add_lora
 
-# %% ../nbs/11_policies.ipynb #11-policies-021
+# %% ../nbs/11_policies.ipynb #11-policies-023
 @contextmanager
 def _reference(self,
     trained:str="policy", # adapter that is switched off
@@ -179,7 +189,7 @@ def _reference(self,
 
 Policy.reference = _reference
 
-# %% ../nbs/11_policies.ipynb #11-policies-029
+# %% ../nbs/11_policies.ipynb #11-policies-031
 def save_pretrained(
     policy:Policy,                    # without adapters, as it was trained
     folder:str|Path,                  # made if it is not there
@@ -205,7 +215,7 @@ def from_pretrained(
     net = net.to(device, memory_format=torch.channels_last)
     return Policy(net, path, Flow(), ResidualCodec(meta["scale"], net.config.scale), dtype)
 
-# %% ../nbs/11_policies.ipynb #11-policies-030
+# %% ../nbs/11_policies.ipynb #11-policies-032
 def save_adapter(
     policy:Policy,        # with adapters
     folder:str|Path,      # made if it is not there

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SATURATED', 'pair_margin', 'dpo_loss', 'group_margins', 'group_loss', 'diagnostics', 'group_gradients',
-           'safeguard_scale']
+           'safeguard_scale', 'two_pass_backward']
 
 # %% ../nbs/30_preference.ipynb #30-preference-004
 from collections.abc import Callable, Sequence
@@ -112,3 +112,33 @@ def safeguard_scale(
     aa = torch.stack([dot(a, a) for a in grads_w]).sum()
     ab = torch.stack([dot(a, b) for a, b in zip(grads_w, grads_l, strict=True)]).sum()
     return torch.where(ab < -aa, aa/-ab, torch.ones_like(aa))
+
+# %% ../nbs/30_preference.ipynb #30-preference-060
+def two_pass_backward(
+    gap_of:Callable,  # slice -> (b,) gaps of those candidates, with graph; called twice, must give the same values
+    n:int,            # >= 1, candidates in all
+    chunk:int,        # >= 1, candidates at once
+    loss_of:Callable, # (n,) gaps -> () loss; it must not see the network in another way
+)->Tensor:            # () the loss, detached; gradients are added to `.grad`, as `loss.backward()` does
+    "Backward of a loss on all gaps of a group with the activations of one chunk alive at any time"
+    if n < 1 or chunk < 1: raise ValueError(f"n and chunk must be at least 1, got {n} and {chunk}")
+    parts = [slice(i, min(i+chunk, n)) for i in range(0, n, chunk)]
+    with torch.no_grad(): gaps = torch.cat([gap_of(part) for part in parts])
+    if gaps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"gap_of must give float32, got {gaps.dtype}; keep energies out of half precision")
+    if gaps.shape != (n,): raise ValueError(f"gap_of must give one gap per candidate: ({n},), got {tuple(gaps.shape)}")
+    with torch.enable_grad(): loss = loss_of(gaps.requires_grad_())
+    if loss.ndim or not loss.requires_grad:
+        raise ValueError(f"loss_of must give one number made from the gaps, got shape {tuple(loss.shape)}, "
+                         f"{'with' if loss.requires_grad else 'without'} graph; reduce it, and do not detach")
+    pull, = torch.autograd.grad(loss, gaps)
+    bound = 1e-5 + .01*gaps.detach().abs().max() # rounding is far below, another noise far above
+    for part in parts:
+        gap = gap_of(part)
+        if not gap.requires_grad: raise ValueError("the gaps of gap_of carry no graph: nothing would be trained")
+        moved = (gap-gaps[part]).detach().abs().max()
+        if not moved <= bound:
+            raise ValueError(f"gap_of gave other gaps the second time, by up to {moved:.2g}; "
+                             "draw noise and dropout once, outside")
+        (gap*pull[part]).sum().backward()
+    return loss.detach()

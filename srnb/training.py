@@ -31,7 +31,7 @@ from .nets import SmallUNet, UNetConfig
 from .paths import Flow, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import Policy, ResidualCodec, from_pretrained, save_adapter, save_pretrained
 from .preference import diagnostics, group_gradients, group_loss, safeguard_scale
-from .rewards import (CVVDP, DP2O, OFFLINE, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax,
+from .rewards import (CVVDP, DP2O, GMSD, OFFLINE, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax,
                           Reward, check_available, hybrid, score_group)
 from .spectral import energy_gap, l2_energy
 
@@ -164,8 +164,8 @@ def choose(
 def record_of(
     cfg,    # a run's dataclass
 )->dict:    # JSON types
-    "What decides a run's result: its config without the folder, which may be moved"
-    return {k: v for k, v in asdict(cfg).items() if k != "out_dir"}
+    "What decides a run's result: its config without the folders, which may be moved"
+    return {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "banks")}
 
 # %% ../nbs/40_training.ipynb #40-training-026
 def draw_batch(
@@ -190,12 +190,14 @@ def sft_loss(
     patch:int,     # pixels
     seed:int,      # of the run
 )->Callable:       # (model, step, part) -> (values (n,), logs), for `fit`
-    "Mean square error of the prediction, one value per sample"
+    "Mean square errors of the velocity and of the regressed mean, added; one value per sample"
     rank = int(os.environ.get("RANK", 0))
     def loss(model, step, part):
         policy.net = model
         x, sigma, target, lq = draw_batch(pool, policy, n, patch, seed_of(seed, "sft", step, part, rank))
-        return l2_energy(policy.residual(x, sigma, target, lq)), {}
+        with policy.autocast(): v, mean = model(x, sigma, lq, return_mean=True)
+        flow, mean = l2_energy(v.float()-target), l2_energy(mean.float()-policy.path.estimates(x, target, sigma)[0])
+        return flow + mean, dict(flow=flow.mean().item(), mean=mean.mean().item())
     return loss
 
 # %% ../nbs/40_training.ipynb #40-training-027
@@ -209,6 +211,8 @@ class SFTRun:
     max_side:int = 640                      # pixels; larger photographs are reduced first
     channels:tuple[int, ...] = (64, 128, 128) # of the network, finest level first
     blocks:tuple[int, ...] = (4, 2, 2)      # per level
+    mean_channels:int = 64                  # of the regression head
+    mean_blocks:int = 8                     # of the regression head
     init:str|None = None                    # folder of a policy to start from; None: from zero
     patch:int = 64                          # pixels of a training patch
     batch:int = 16                          # patches of a micro-batch
@@ -238,7 +242,7 @@ def train_sft(
         scale = round(ResidualCodec(1.).encode(gt, lq).square().mean().sqrt().item(), 4)
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
-            net = SmallUNet(UNetConfig(tuple(cfg.channels), tuple(cfg.blocks))).to(memory_format=torch.channels_last)
+            net = SmallUNet(UNetConfig(tuple(cfg.channels), tuple(cfg.blocks), mean_channels=cfg.mean_channels, mean_blocks=cfg.mean_blocks)).to(memory_format=torch.channels_last)
         policy = Policy(net, codec=ResidualCodec(scale), dtype=DTYPES[cfg.precision])
     net, out = policy.net, open_run(out, record_of(cfg)) # the inputs are good: the folder is claimed
     weights, log = fit(net, sft_loss(pool, policy, cfg.batch, cfg.patch, cfg.seed), cfg.loop, out)
@@ -353,8 +357,10 @@ def preference_loss(
     def loss(model, step, part):
         policy.net = model
         x, sigma, target, lq, weight = group_batch(pairs, policy, groups, patch, seed_of(seed, "pairs", step, part, rank))
-        with policy.reference(): ref = policy.residual(x, sigma, target, lq)
-        now = policy.residual(x, sigma, target, lq)
+        each = len(lq)//groups # candidates of a group, which share what is encoded
+        with torch.no_grad(): cond = policy.encode(lq[::each]).repeat_interleave(each, 0)
+        with policy.reference(): ref = policy.residual(x, sigma, target, cond)
+        now = policy.residual(x, sigma, target, cond)
         gap = (energy_gap(now, ref) if energy is l2_energy else energy(now)-energy(ref)).reshape(groups, 2, -1)
         gaps["w"], gaps["l"] = gap[:, 0], gap[:, 1]
         with torch.no_grad(): logs = diagnostics(now, ref, gap[:, 0], gap[:, 1], kappa, energy)
@@ -370,10 +376,10 @@ def preference_loss(
     return loss, backward if safeguard else None
 
 # %% ../nbs/40_training.ipynb #40-training-049
-REWARDS = dict(offline=OFFLINE, dp2o=DP2O)
+REWARDS = dict(offline=OFFLINE, offline_fr=Reward("offline_fr", fr=OFFLINE.fr), offline_nr=Reward("offline_nr", nr=OFFLINE.nr), dp2o=DP2O)
 NORMALISERS = ("group", "global")
 HPO = dict(none=(False, False), intra=(True, False), inter=(False, True), both=(True, True))
-METRICS = {m.name: m for m in (PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, CVVDP, PIQE)}
+METRICS = {m.name: m for m in (PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, CVVDP, GMSD, PIQE)}
 
 @dataclass(frozen=True)
 class DPORun:
@@ -404,6 +410,7 @@ class DPORun:
     precision:str = "bf16"             # of the network's arithmetic: "bf16" or "no"
     take:int = 0                       # use the first photographs of each set only; 0: all
     loop:Loop = Loop(steps=100, lr=3e-4, warmup=10, save_every=25, log_every=5) # noqa: RUF009
+    banks:str|None = None              # folder of the candidates drawn before training, shared by runs that draw the same; None: out_dir
     def __post_init__(self):
         for what, table in (("path", PATHS), ("degradation", DEGRADATIONS), ("reward", REWARDS), ("hpo", HPO), ("precision", DTYPES),
                             ("sampler", SAMPLERS),
@@ -459,13 +466,15 @@ def train_dp2o(
         check_unseen(EMBEDDED if cfg.backbone == "small" else cfg.backbone, test)
         out = open_run(out, record_of(cfg)) # the inputs are good: the folder is claimed
         print(f"candidates: {len(crops)} crops of {len(train)} photographs, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
-        make_bank(out/"bank", policy, crops, cfg.m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-        make_bank(out/"before", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-        ids, scores = [i for i, _, _ in crops], score_bank(out/"bank", reward.metrics)
+        home = Path(cfg.banks or out)
+        before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before") # shared banks may hold several sizes
+        make_bank(home/"bank", policy, crops, cfg.m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
+        make_bank(before, policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
+        ids, scores = [i for i, _, _ in crops], score_bank(home/"bank", reward.metrics)
         bounds = bank_bounds(scores, reward)
         bounds.save(out/"bounds.json")
     rewards = bank_reward(scores, reward, ids, bounds if cfg.normaliser == "global" else GroupMinMax())
-    pairs = pairs_of_bank(out/"bank", ids, rewards, cfg.n, *HPO[cfg.hpo])
+    pairs = pairs_of_bank(home/"bank", ids, rewards, cfg.n, *HPO[cfg.hpo])
     policy.add_lora(cfg.rank, seed=cfg.seed)
     net = policy.net.to(state.device)
     loss, backward = preference_loss(pairs, policy, cfg.kappa, cfg.groups, cfg.patch, cfg.seed, safeguard=cfg.safeguard)
@@ -479,27 +488,31 @@ def train_dp2o(
         write_table(out/"log.parquet", log)
         save_adapter(policy, out/"adapter")
         make_bank(out/"after", policy, probes, cfg.eval_m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
-        write_table(out/"metrics.parquet", evaluate(out, [i for i, _, _ in probes], reward, bounds, judges))
+        write_table(out/"metrics.parquet", evaluate(before, out/"after", [i for i, _, _ in probes], reward, bounds, judges, policy.codec.scale))
     return out
 
 # %% ../nbs/40_training.ipynb #40-training-051
 def evaluate(
-    out:str|Path,         # a run's folder with the banks `before` and `after`
+    before:str|Path,      # bank of the held-out photographs
+    after:str|Path,       # the same photographs and seeds after training
     ids:list[str],        # held-out photographs
     reward:Reward,
     bounds:GlobalBounds,  # frozen on the training bank: one scale for before and after
     judges:list,          # further metrics
+    scale:float=1.,       # of the codec: `moved` is the mean square change of a sample in units of z, 0 before
 )->pd.DataFrame:          # image, seed, metric, variant, value; `seed` counts the candidates, bicubic has seed 0
     "Reward and metrics of every held-out candidate, before and after, and of the bicubic enlargement"
     metrics, rows = [*reward.metrics, *judges], []
-    for variant in ("before", "after"):
-        scores = score_bank(Path(out)/variant, metrics)
+    for variant, bank in (("before", before), ("after", after)):
+        scores = score_bank(bank, metrics)
         total = bank_reward(scores, reward, ids, bounds)
         rows += [dict(image=i, seed=s, metric="reward", variant=variant, value=total[g, s].item())
                  for g, i in enumerate(ids) for s in range(total.shape[1])]
         rows += [dict(image=r.group, seed=r.candidate, metric=r.metric, variant=variant, value=r.value) for r in scores.itertuples()]
     for i in ids:
-        group = read_group(Path(out)/"before", i)
+        group = read_group(before, i)
+        moved = (read_group(after, i).sr-group.sr).div(scale).square().mean((1, 2, 3)).tolist()
+        rows += [dict(image=i, seed=s, metric="moved", variant=v, value=x) for v, xs in (("before", [0.]*len(moved)), ("after", moved)) for s, x in enumerate(xs)]
         y = bicubic(group.lq[None], group.gt.shape[-2:])
         values = score_group(metrics, y, group.gt)
         values["reward"] = hybrid(values, reward, bounds)

@@ -53,7 +53,7 @@ def same_result(a, b):
 def test_record(whole, config):
     conf, metrics = read_run(whole)
     assert "out_dir" not in conf["params"] and conf["params"]["kappa"] == config.kappa and conf["versions"]["torch"]
-    assert set(metrics.variant) == {"before", "after", "bicubic"} and set(metrics.metric) == {"reward", "st_lpips_alex", "gmsd", "piqe", "psnr_y"}
+    assert set(metrics.variant) == {"before", "after", "bicubic"} and set(metrics.metric) == {"reward", "st_lpips_alex", "gmsd", "piqe", "psnr_y", "moved"}
     assert (metrics[metrics.variant != "bicubic"].groupby(["metric", "variant", "image"]).size() == config.eval_m).all()
     log = pd.read_parquet(whole/"log.parquet")
     assert log.step.tolist() == [1, 2, 3, 4, 5, 6] and log.gap_w[0] == 0 and abs(log.loss[0]-0.6931) < 0.15  # ln 2 times the weights
@@ -116,6 +116,20 @@ def test_forms(config, tmp_path, change):
     if change.get("hpo") == "none": assert abs(log.loss[0]-0.6931) < 1e-4
 
 
+def test_shared_banks(whole, config, tmp_path, monkeypatch):
+    "Runs that draw the same candidates share them: the second samples only after its own training; sharing changes no result"
+    calls, sample = [], Policy.sample
+    monkeypatch.setattr(Policy, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    shared = replace(config, banks=str(tmp_path/"banks"))
+    same_result(train_dp2o(replace(shared, out_dir=str(tmp_path/"a"))), whole)
+    assert len(calls) == 6
+    out = train_dp2o(replace(shared, out_dir=str(tmp_path/"b"), reward="offline_nr", judges=("gmsd", "st_lpips_alex")))
+    assert len(calls) == 8 and set(read_run(out)[1].metric) == {"reward", "piqe", "gmsd", "st_lpips_alex", "moved"}
+    m = read_run(out)[1].query("metric == 'moved'")
+    assert (m[m.variant == "before"].value == 0).all() and (m[m.variant == "after"].value > 0).all()
+    with pytest.raises(RunOccupied, match="policy"): train_dp2o(replace(shared, out_dir=str(tmp_path/"c"), path="vp_v"))
+
+
 def test_own_photographs(config, tmp_path):
     "Folders instead of the embedded set; one that leaks is refused"
     g, folder = generator(1), tmp_path/"photos"
@@ -136,7 +150,7 @@ def test_metric_that_cannot_be_had(config, tmp_path, monkeypatch, offline):
 
 
 @pytest.mark.parametrize("change, message", [(dict(n=2), "N = 2, M = 3"), (dict(m=1), "M = 1"), (dict(kappa=0.), "kappa must be positive"),
-    (dict(reward="musiq"), "reward must be one of offline, dp2o"), (dict(patch=128), "larger than the candidates"), (dict(places=9), "places")])
+    (dict(reward="musiq"), "reward must be one of offline, offline_fr, offline_nr, dp2o"), (dict(patch=128), "larger than the candidates"), (dict(places=9), "places")])
 def test_config(config, change, message):
     with pytest.raises(ValueError, match=message): replace(config, **change)
 
@@ -179,7 +193,7 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_dp2o", "train_sft"])
+@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study"])
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

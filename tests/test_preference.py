@@ -9,7 +9,7 @@ from srnb.nets import SmallUNet, UNetConfig
 from srnb.paths import Flow
 from srnb.policies import Policy
 from srnb.preference import (diagnostics, dpo_loss, group_gradients, group_loss, group_margins, pair_margin,
-                             safeguard_scale)
+                             safeguard_scale, two_pass_backward)
 from srnb.spectral import energy_gap, l2_energy
 
 LOG2, KAPPA = math.log(2), 2500.
@@ -199,6 +199,19 @@ def test_two_parts_make_the_gradient():
     whole = torch.autograd.grad(loss, params, retain_graph=True)
     a, b = group_gradients(loss, gap_w, gap_l, params)
     for x, y, z in zip(a, b, whole, strict=True): close(x+y, z, atol=2e-6*max(o.abs().max().item() for o in whole))
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_two_passes_of_a_policy_with_adapters(fresh):
+    policy, params = tiny_policy() if fresh else moved()
+    inputs, n = case(G=1, N=3), 6
+    with policy.reference(): ref = policy.residual(*inputs)
+    def gap_of(part): return energy_gap(policy.residual(*(o[part] for o in inputs)), ref[part])
+    def loss_of(gap): return group_loss(gap[None, :3], gap[None, 3:], 100.).mean()
+    one = loss_of(gap_of(slice(None)))
+    whole = torch.autograd.grad(one, params)
+    close(two_pass_backward(gap_of, n, 4, loss_of), one.detach(), atol=1e-5)
+    for p, z in zip(params, whole, strict=True): close(p.grad, z, atol=1e-4*max(o.abs().max().item() for o in whole))
+    assert max(o.abs().max() for o in whole) > 0
 
 def scale_without(a, b): return torch.tensor(1.)
 def scale_flipped(a, b):
