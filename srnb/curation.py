@@ -105,7 +105,7 @@ def finished_groups(
     "Groups that are whole: a torn last line of the manifest does not count"
     manifest = Path(folder)/"manifest.jsonl"
     lines = manifest.read_text().split("\n")[:-1] if manifest.exists() else []
-    return [json.loads(line)["id"] for line in lines]
+    return list(dict.fromkeys(json.loads(line)["id"] for line in lines)) # once each, though two processes finished one
 
 def read_group(
     folder:str|Path, # of a bank

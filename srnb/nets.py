@@ -64,7 +64,7 @@ class Regressor(nn.Module):
         for a, b in zip(self.inner, self.outer, strict=True): h = h + b(F.silu(a(channel_norm(h))))
         return F.pixel_shuffle(self.tail(h), self.scale)
 
-# %% ../nbs/10_nets.ipynb #10-nets-015
+# %% ../nbs/10_nets.ipynb #10-nets-016
 @dataclass(frozen=True)
 class UNetConfig:
     "Shape of a `SmallUNet`"
@@ -94,7 +94,7 @@ class SmallUNet(nn.Module):
         nn.init.zeros_(self.tail.weight), nn.init.zeros_(self.tail.bias)
         self.register_buffer("freqs", torch.logspace(-1, 1.5, 16), persistent=False)
 
-# %% ../nbs/10_nets.ipynb #10-nets-016
+# %% ../nbs/10_nets.ipynb #10-nets-017
 def _encode(self,
     lq:Tensor, # (B,3,h,w), [0, 1]
 )->Tensor:     # (B,6,H,W): the bicubic enlargement in [-1, 1], then the regressed mean of z
@@ -124,6 +124,7 @@ def _forward(self,
     return_mean:bool=False, # give the mean too, for its own loss; the velocity never trains it
 )->Tensor:        # (B,3,H,W) velocity eps - z, or (velocity, mean)
     "Predicted velocity; sides must be multiples of the coarsest stride"
+    if cond.shape[1] not in (3, 6): raise ValueError(f"cond must be lq (3 channels) or come from encode (6), got {cond.shape[1]} channels")
     step, f = self.config.scale*2**len(self.shrink), self.config.scale if cond.shape[1] == 3 else 1
     if x.shape[-2] % step or x.shape[-1] % step:
         raise ValueError(f"sides must be multiples of {step} pixels, got {tuple(x.shape[-2:])}")
@@ -138,7 +139,7 @@ def _forward(self,
 
 SmallUNet.encode, SmallUNet.features, SmallUNet.forward = _encode, _features, _forward
 
-# %% ../nbs/10_nets.ipynb #10-nets-029
+# %% ../nbs/10_nets.ipynb #10-nets-030
 def save_net(
     net:SmallUNet,                    # any dtype
     folder:str|Path,                  # made if it is not there

@@ -128,10 +128,10 @@ def two_pass_backward(
         raise TypeError(f"gap_of must give float32, got {gaps.dtype}; keep energies out of half precision")
     if gaps.shape != (n,): raise ValueError(f"gap_of must give one gap per candidate: ({n},), got {tuple(gaps.shape)}")
     with torch.enable_grad(): loss = loss_of(gaps.requires_grad_())
-    if loss.ndim or not loss.requires_grad:
+    pull = torch.autograd.grad(loss, gaps, allow_unused=True)[0] if loss.ndim == 0 and loss.requires_grad else None
+    if pull is None:
         raise ValueError(f"loss_of must give one number made from the gaps, got shape {tuple(loss.shape)}, "
                          f"{'with' if loss.requires_grad else 'without'} graph; reduce it, and do not detach")
-    pull, = torch.autograd.grad(loss, gaps)
     bound = 1e-5 + .01*gaps.detach().abs().max() # rounding is far below, another noise far above
     for part in parts:
         gap = gap_of(part)

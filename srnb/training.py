@@ -397,7 +397,7 @@ class DPORun:
     reward:str = "offline"             # a key of REWARDS
     normaliser:str = "group"           # "group": literal; "global": frozen on the training bank
     hpo:str = "both"                   # a key of HPO
-    kappa:float = 500.                 # strength per unit of mean square of the scaled residual; beta/2 in the paper's letters
+    kappa:float = 1000.                # strength per unit of mean square of the scaled residual; beta/2 in the paper's letters
     rank:int = 16                      # of the adapter
     groups:int = 4                     # groups of a micro-batch: groups*2N forwards of policy and reference
     patch:int = 64                     # pixels that preference training sees of a candidate
