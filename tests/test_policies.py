@@ -40,7 +40,7 @@ def test_shipped_base(tmp_path):
     "bf16 on disk, float32 in use, under its share of the package, finite and in range on a photograph of odd shape"
     policy = from_pretrained()
     folder = save_net(policy.net, tmp_path, torch.bfloat16)
-    assert (folder/"model.safetensors").stat().st_size < 6e6
+    assert (folder/"model.safetensors").stat().st_size < 8e6
     with safe_open(folder/"model.safetensors", "pt") as f: assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
     with torch.no_grad():
         for a, b in zip(load_net(folder).parameters(), policy.net.parameters(), strict=True): check_close(a, b)
