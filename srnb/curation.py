@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['top_bottom', 'intra_weight', 'inter_weight', 'hpo_weights', 'Group', 'group_seeds', 'fingerprint', 'finished_groups',
-           'read_group', 'make_bank', 'score_bank', 'score_table', 'bank_reward', 'bank_bounds']
+           'read_group', 'make_bank', 'make_outputs', 'score_bank', 'score_table', 'bank_reward', 'bank_bounds']
 
 # %% ../nbs/21_curation.ipynb #21-curation-004
 import hashlib
@@ -127,26 +127,42 @@ def make_bank(
     note:dict|None=None,            # what else decides the inputs: degradation, crop; recorded and compared
 )->Path:
     "Sample M candidates of every photograph; finished groups are never done again"
+    def draw(i, lq): return policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler)[0]
+    return _fill(folder, pairs, draw, f"groups of {m}", dict(policy=fingerprint(policy), m=m, steps=steps, sampler=sampler.__name__, seed=seed, **(note or {})))
+
+def make_outputs(
+    folder:str|Path,                # as `make_bank`, and `read_group` reads it
+    models:dict[str, Callable],     # name -> (1,3,h,w) to (1,3,H,W): other models, whose outputs are the candidates, in this order
+    pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq, gt)
+    note:dict|None=None,            # what else decides the inputs
+)->Path:
+    "One output of every model for every photograph, as a bank; finished groups are never done again"
+    if not models: raise ValueError("there is no model to take outputs from")
+    def draw(i, lq): return torch.cat([check_images(f(lq[None]), f"output of {n}") for n, f in models.items()])
+    return _fill(folder, pairs, draw, "groups of outputs", dict(models=list(models), **(note or {})))
+
+def _fill(folder, pairs, draw, what, params): # draw: (id, lq) -> (M,3,H,W)
     ids = [i for i, _, _ in pairs]
     if not ids: raise ValueError("there is no photograph to sample from")
     if len(set(ids)) != len(ids): raise ValueError(f"two photographs have one id: {sorted(i for i in ids if ids.count(i) > 1)[0]}")
     for i, lq, gt in pairs: check_images(lq[None], f"lq of {i}"), check_images(gt[None], f"gt of {i}")
     inputs = hashlib.blake2b(b"".join(_to8(o).cpu().numpy().tobytes() for _, lq, gt in pairs for o in (lq, gt)), digest_size=8).hexdigest()
-    folder = open_run(folder, dict(policy=fingerprint(policy), m=m, steps=steps, sampler=sampler.__name__, seed=seed, ids=ids, inputs=inputs, **(note or {})))
+    folder = open_run(folder, dict(params, ids=ids, inputs=inputs))
     manifest, done = folder/"manifest.jsonl", finished_groups(folder)
     if manifest.exists() and not manifest.read_text().endswith("\n"): # a line torn by a crash: cut it off
         whole = "".join(line + "\n" for line in manifest.read_text().split("\n")[:-1])
         _replace(manifest, lambda tmp: Path(tmp).write_text(whole))
     todo = [p for p in pairs if p[0] not in done]
-    for i, lq, gt in progress(todo, f"groups of {m}", total=len(ids), start=len(ids)-len(todo)):
-        sr = policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler)[0]
+    for i, lq, gt in progress(todo, what, total=len(ids), start=len(ids)-len(todo)):
+        sr = draw(i, lq)
+        if sr.shape[1:] != gt.shape: raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {tuple(gt.shape)}")
         state = dict(lq=_to8(lq), gt=_to8(gt), sr=_to8(sr))
         _replace(folder/"groups"/f"{i}.safetensors", lambda tmp, state=state: save_file(state, tmp))
         with open(manifest, "a") as f:
             f.write(json.dumps(dict(id=i)) + "\n"); f.flush(); os.fsync(f.fileno())
     return folder
 
-# %% ../nbs/21_curation.ipynb #21-curation-027
+# %% ../nbs/21_curation.ipynb #21-curation-029
 def score_bank(
     folder:str|Path,          # of a bank
     metrics:Sequence[Metric], # of room 20

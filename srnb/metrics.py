@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'check_finite', 'check_rewards', 'best_at_m', 'worst_at_m', 'mean_at_m', 'Interval', 'by_photograph',
-           'interval', 'check_table', 'differences', 'Spread', 'spread', 'mean_std', 'at_m', 'summarise']
+           'interval', 'check_table', 'differences', 'Spread', 'spread', 'mean_std', 'at_m', 'summarise',
+           'study_change', 'study_difference', 'verdict', 'describe', 'claim']
 
 # %% ../nbs/50_metrics.ipynb #50-metrics-004
 from collections.abc import Sequence
@@ -199,3 +200,46 @@ def summarise(
         rows.append((metric, variant, i.mean, i.low, i.high, i.n, int(g.groupby("image").size().min())))
     rows.sort(key=lambda o: order.index(o[0]))
     return pd.DataFrame(rows, columns=["metric", "variant", "mean", "low", "high", "photographs", "seeds"])
+
+# %% ../nbs/50_metrics.ipynb #50-metrics-051
+def study_change(
+    table:pd.DataFrame, # run records with columns `row` and `training`
+    row:str,            # which configuration
+    metric:str,         # which metric
+)->pd.DataFrame:        # image, training, value: after minus before, averaged over sample seeds
+    "What a configuration changed, one number per photograph and training seed"
+    d = table[(table.row == row) & (table.metric == metric) & table.variant.isin(["before", "after"])]
+    if not len(d): raise ValueError(f"no values of {metric!r} for row {row!r}")
+    d = d.pivot_table(index=["image", "training"], columns="variant", values="value", observed=True)
+    return (d.after-d.before).rename("value").reset_index()
+
+def study_difference(
+    a:pd.DataFrame, # image, training, value
+    b:pd.DataFrame, # the same of the row that is subtracted
+)->pd.DataFrame:    # image, training, value, of the photographs and training seeds that both have
+    "Paired difference of two changes"
+    a, b = (o.set_index(["image", "training"]).value for o in (a, b))
+    return (a-b).dropna().rename("value").reset_index()
+
+def verdict(i:Interval)->str:
+    "Where an interval lies"
+    return "includes 0" if i.low <= 0 <= i.high else "above 0" if i.low > 0 else "below 0"
+
+def describe(
+    d:pd.DataFrame, # image, training, value
+    digits:int=3,
+)->str:
+    "Mean, interval over photographs, standard deviation over training seeds"
+    i, by_seed = interval(d.value, d.image), d.groupby("training").value.mean()
+    sd = f" ± {by_seed.std(ddof=1):.{digits}f}" if len(by_seed) > 1 else ""
+    return f"{i.mean:+.{digits}f} [{i.low:+.{digits}f}, {i.high:+.{digits}f}]{sd}"
+
+def claim(
+    sentence:str,
+    row:str,
+    d:pd.DataFrame, # image, training, value
+    digits:int=3,
+)->dict:
+    "A sentence of a conclusion with what it rests on"
+    i, s = interval(d.value, d.image), d.groupby("training").value.mean()
+    return dict(sentence=sentence, row=row, value=describe(d, digits), interval=verdict(i), seeds=f"{int((s*i.mean > 0).sum())} of {len(s)} agree")

@@ -60,6 +60,7 @@ class Policy:
         dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16 runs it under autocast
     ):
         self.net, self.path, self.trained_on, self.codec, self.dtype = net, path, trained_on, codec, dtype
+        self._layers, self.off = [], set() # layers that carry adapters; names of adapters that are on only inside `using`
 
     @property
     def device(self)->torch.device: return next(self.net.parameters()).device
@@ -158,11 +159,11 @@ def _lora_layers(net:nn.Module)->list[tuple[str, nn.Module]]: # (path in the net
     return [(n.removeprefix("module."), m) for n, m in net.named_modules() if hasattr(m, "lora_A")]
 
 def _activate(self:Policy, train:str|None=None)->list[nn.Parameter]:
-    "Switch every adapter on; only the one called `train` receives gradients"
+    "Switch every adapter on that is not in `off`; only the one called `train` receives gradients"
     for p in self.net.parameters(): p.requires_grad_(False)
     self._layers, trained = [m for _, m in _lora_layers(self.net)], []
     for layer in self._layers:
-        layer._active_adapter = list(layer.lora_A)
+        layer._active_adapter = [n for n in layer.lora_A if n not in self.off]
         if train in layer.lora_A:
             trained += [*layer.lora_A[train].parameters(), *layer.lora_B[train].parameters()]
     for p in trained: p.requires_grad_(True)
@@ -172,22 +173,31 @@ Policy.add_lora = _add_lora
 
 # %% ../nbs/11_policies.ipynb #11-policies-023
 @contextmanager
-def _reference(self,
-    trained:str="policy", # adapter that is switched off
+def _using(self,
+    *names:str, # of adapters; none: the bare base
 )->Iterator[None]:
-    "Inside, the policy is its own reference: same weights, trained adapter off, no gradients; always restored"
-    layers = getattr(self, "_layers", [])
-    if not layers or trained not in layers[0].lora_A:
-        raise ValueError(f"there is no adapter {trained!r} to switch off; call add_lora or load_adapter first")
+    "Inside, exactly these adapters are on and there are no gradients; always restored"
+    layers = self._layers
+    for n in names:
+        if not layers or n not in layers[0].lora_A:
+            raise ValueError(f"there is no adapter {n!r}; call add_lora or load_adapter first")
     before = [layer._active_adapter for layer in layers]
     try:
         # Set the list itself: PEFT's set_adapter would turn the gradients of the frozen adapter on, and costs 50 us a layer
-        for layer in layers: layer._active_adapter = [a for a in layer._active_adapter if a != trained]
+        for layer in layers: layer._active_adapter = list(names)
         with torch.no_grad(): yield
     finally:
         for layer, active in zip(layers, before, strict=True): layer._active_adapter = active
 
-Policy.reference = _reference
+def _reference(self,
+    trained:str="policy", # adapter that is switched off
+):                        # a context
+    "Inside, the policy is its own reference: same weights, trained adapter off, no gradients; always restored"
+    if not self._layers or trained not in self._layers[0].lora_A:
+        raise ValueError(f"there is no adapter {trained!r} to switch off; call add_lora or load_adapter first")
+    return self.using(*(n for n in self._layers[0]._active_adapter if n != trained))
+
+Policy.using, Policy.reference = _using, _reference
 
 # %% ../nbs/11_policies.ipynb #11-policies-031
 def save_pretrained(
@@ -241,6 +251,7 @@ def load_adapter(
     folder:str|Path,      # written by save_adapter, or by PEFT
     name:str="policy",    # name to give it
     train:bool=False,     # whether it receives gradients
+    on:bool=True,         # False: loaded, and on only inside `policy.using(name)`
 )->Policy:
     "Read an adapter onto a policy; the error names the folder and what does not fit"
     folder = Path(folder)
@@ -256,5 +267,6 @@ def load_adapter(
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
     have = {n.replace(f".{name}.", ".") for n, _ in policy.net.named_parameters() if f".{name}." in n}
     if saved != have: raise ValueError(f"{folder} does not fit this network: {len(saved ^ have)} weights have no partner, first {min(saved ^ have)}")
+    policy.off = policy.off-{name} if on else policy.off | {name}
     _activate(policy, name if train else None)
     return policy

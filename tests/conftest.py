@@ -18,6 +18,33 @@ def root()->Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory)->Path:
+    "Folder of a tiny policy with random weights"
+    import torch
+
+    from srnb.core import generator
+    from srnb.nets import SmallUNet, UNetConfig
+    from srnb.policies import Policy, save_pretrained
+    net, g = SmallUNet(UNetConfig((16, 16), (1, 1), 16)), generator(0)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(0.4/p[0].numel()**0.5 if p.ndim > 1 else 0.05))
+    return save_pretrained(Policy(net), tmp_path_factory.mktemp("tiny")/"policy")
+
+
+def same_result(a:Path, b:Path)->None:
+    "Two finished runs hold the same metrics, log and adapter, which is not zero"
+    import pandas as pd
+    import torch
+    from safetensors.torch import load_file
+
+    from srnb.core import read_run
+    assert read_run(a)[1].equals(read_run(b)[1])
+    assert pd.read_parquet(a/"log.parquet").equals(pd.read_parquet(b/"log.parquet"))
+    x, y = (load_file(o/"adapter"/"adapter_model.safetensors") for o in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and any(v.abs().sum() > 0 for k, v in x.items() if "lora_B" in k)
+
+
 @pytest.fixture
 def clean_env()->dict:
     "Environment for a subprocess: without what a test run sets"

@@ -10,25 +10,15 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import same_result
 
 import srnb.training as training
 from srnb.core import RunOccupied, generator, read_run, run_done, to_pil
 from srnb.curation import finished_groups
 from srnb.nets import SmallUNet, UNetConfig
-from srnb.paths import Flow
 from srnb.policies import Policy, save_pretrained
 from srnb.rewards import MetricUnavailable
 from srnb.training import DPORun, Loop, SFTRun, latest_checkpoint, train_dp2o, train_sft
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    "Folder of a tiny policy with random weights"
-    net, g = SmallUNet(UNetConfig((16, 16), (1, 1), 16)), generator(0)
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(0.4/p[0].numel()**0.5 if p.ndim > 1 else 0.05))
-    return save_pretrained(Policy(net, Flow()), tmp_path_factory.mktemp("tiny")/"policy")
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +31,6 @@ def config(tiny):
 def whole(config, tmp_path_factory):
     "A run that nobody disturbed"
     return train_dp2o(replace(config, out_dir=str(tmp_path_factory.mktemp("runs")/"whole")))
-
-
-def same_result(a, b):
-    assert read_run(a)[1].equals(read_run(b)[1])
-    assert pd.read_parquet(a/"log.parquet").equals(pd.read_parquet(b/"log.parquet"))
-    x, y = (load_file(o/"adapter"/"adapter_model.safetensors") for o in (a, b))
-    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and any(v.abs().sum() > 0 for k, v in x.items() if "lora_B" in k)
 
 
 def test_record(whole, config):
@@ -193,7 +176,7 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study"])
+@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_asasr_study"])
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

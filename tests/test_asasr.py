@@ -1,0 +1,130 @@
+"ASASR end to end on a tiny network: every loser, killed and resumed, drift, sharing, bad input"
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import same_result
+from safetensors.torch import load_file
+
+import srnb.training as training
+from srnb.adversary import adversary_loser
+from srnb.core import RunOccupied, read_run
+from srnb.curation import finished_groups, read_group
+from srnb.policies import Policy, from_pretrained, load_adapter
+from srnb.preference import pair_margin
+from srnb.spectral import SobolevEnergy
+from srnb.training import ASASRRun, Loop, as_dpo_gaps, as_dpo_loss, output_batch, train_asasr
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    few = Loop(steps=4, lr=1e-3, warmup=2, save_every=2, log_every=1)
+    return ASASRRun("", backbone=str(tiny), size=96, places=1, patch=32, batch=2, steps=2, eval_m=2, take=2, rank=2, adversary_rank=3, radius=.05,
+                    outputs=("bicubic", "base"), judges=("psnr_y", "lsd"), precision="no", sft=few, imitation=few, loop=replace(few, steps=6, keep_every=2))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    "A run that nobody disturbed"
+    return train_asasr(replace(config, out_dir=str(tmp_path_factory.mktemp("runs")/"whole")))
+
+
+def test_record(whole, config):
+    conf, metrics = read_run(whole)
+    assert conf["params"]["s"] == 1.5 and "out_dir" not in conf["params"]
+    assert set(metrics.metric) == {"psnr_y", "lsd", "moved", "as_dpo_loss", "accuracy"}
+    log, drift, psd = (pd.read_parquet(whole/f"{n}.parquet") for n in ("log", "drift", "psd"))
+    assert log.step.tolist() == [1, 2, 3, 4, 5, 6] and abs(log.loss[0]-math.log(2)) < 1e-6 and log.drift[0] == 0 and log.drift.iloc[-1] > 0
+    assert drift.step.tolist() == [2, 4, 6] and drift.chosen.tolist() == [False, False, True] and (drift.drift > 0).all()
+    assert set(psd.variant) == {"before", "after", "truth", "bicubic"} and psd.image.nunique() == 2
+    ranks = [load_file(f/"adapter"/"adapter_model.safetensors") for f in (whole/"reference", whole/"adversary-3-0", whole)]
+    assert [next(v.shape[0] for k, v in o.items() if "lora_A" in k) for o in ranks] == [2, 3, 2]
+
+
+def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
+    "Killed within outputs, reference, adversary, policy and the last bank: what was finished is kept, the result is the same"
+    cfg, calls = replace(config, out_dir=str(tmp_path/"cut")), dict(output=0, batch=0)
+    die = dict(output=-1, batch=-1)
+
+    def counted(name, real):
+        def call(*a, **k):
+            if calls[name] == die[name]: raise KeyboardInterrupt(name)
+            calls[name] += 1
+            return real(*a, **k)
+        return call
+    monkeypatch.setattr(Policy, "sample", counted("output", Policy.sample))
+    monkeypatch.setattr(training, "output_batch", counted("batch", output_batch))
+    for what, n in (("output", 1), ("batch", 3), ("batch", 3+3), ("batch", 3+3+5), ("output", 4+1)): # within each stage
+        die.update(dict(output=-1, batch=-1) | {what: n})
+        with pytest.raises(KeyboardInterrupt, match=what): train_asasr(cfg)
+    die.update(output=-1, batch=-1)
+    same_result(train_asasr(cfg), whole)
+    assert calls["output"] == 4+4 # the base's outputs of four photographs, two before, two after: none twice
+    again = dict(calls)
+    train_asasr(cfg)
+    assert calls == again # done: nothing runs
+
+
+@pytest.mark.parametrize("change", [dict(loser="riesz", s=1.), dict(loser="given", s=0.), dict(loser="none"), dict(lam=.1, unit_mean=False, frequency="radian", kappa=.01)],
+                         ids=lambda o: "-".join(map(str, o.values())))
+def test_forms_and_sharing(config, tmp_path, change):
+    "Every way to make losers runs, takes what another run has made, and says which copy it kept"
+    cfg = replace(config, out_dir=str(tmp_path/"run"), banks=str(tmp_path/"shared"), drift=1e-9, **change)
+    out = train_asasr(cfg)
+    _, metrics = read_run(out)
+    assert ("as_dpo_loss" in set(metrics.metric)) == (change.get("loser") != "none")
+    assert (tmp_path/"shared"/"adversary-3-0").exists() == ("loser" not in change)
+    drift = pd.read_parquet(out/"drift.parquet")
+    assert drift.chosen.sum() == 1 and drift.drift[drift.chosen].item() == drift.drift.min()
+    kept, adapter = load_file(out/"kept"/f"{drift.step[drift.chosen].item():08d}.safetensors"), load_file(out/"adapter"/"adapter_model.safetensors")
+    assert sorted(v.sum().item() for v in kept.values()) == sorted(v.sum().item() for v in adapter.values())
+
+
+def test_the_adversary_is_not_trained(whole, config):
+    "In a step of AS-DPO only the policy's adapter has a gradient, and the loser comes from the adversary, not from the policy"
+    policy = load_adapter(load_adapter(from_pretrained(config.backbone), whole/"reference"/"adapter", "reference"), whole/"adversary-3-0"/"adapter", "adversary", on=False)
+    params = policy.add_lora(2)
+    groups = [read_group(whole/"outputs", i) for i in finished_groups(whole/"outputs")]
+    def loser(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond)
+    values, _ = as_dpo_loss(groups, policy, 1000., SobolevEnergy(1.5), loser, 2, 32, 0)(policy.net, 0, 0)
+    values.mean().backward()
+    assert {id(p) for p in policy.net.parameters() if p.grad is not None} == {id(p) for p in params}
+    before = as_dpo_gaps(policy, output_batch(groups, policy, 2, 32, 1), SobolevEnergy(1.5), loser)
+    with torch.no_grad():
+        for n, p in policy.net.named_parameters():
+            if "lora_B.adversary" in n: p.zero_()
+    after = as_dpo_gaps(policy, output_batch(groups, policy, 2, 32, 1), SobolevEnergy(1.5), loser)
+    assert torch.equal(before[2][:2], after[2][:2]) and not torch.equal(before[2][2:], after[2][2:]) # winners stay, losers move
+
+
+@pytest.mark.parametrize("wrong", ["exchanged", "own noise", "policy makes its own losers"])
+def test_wrong_pairs_are_told_apart(whole, config, wrong):
+    "Seeded faults of a batch change the margins of a policy that has moved"
+    policy = load_adapter(load_adapter(from_pretrained(config.backbone), whole/"reference"/"adapter", "reference"), whole/"adversary-3-0"/"adapter", "adversary", on=False)
+    load_adapter(policy, whole/"adapter")
+    with torch.no_grad(): # move it, and the adversary, further than six steps do
+        for n, p in policy.net.named_parameters():
+            if "lora_B" in n: p.mul_(20 if "policy" in n else 1)
+    groups = [read_group(whole/"outputs", i) for i in finished_groups(whole/"outputs")]
+    def loser(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond)
+    def own(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond, adapters=("reference", "policy"))
+    batch = output_batch(groups, policy, 2, 32, 1)
+    with torch.no_grad():
+        right = pair_margin(*as_dpo_gaps(policy, batch, SobolevEnergy(1.5), loser)[:2])
+        if wrong == "exchanged": other = -right
+        elif wrong == "own noise": other = pair_margin(*as_dpo_gaps(policy, (*batch[:2], batch[2].flip(0), *batch[3:]), SobolevEnergy(1.5), loser)[:2])
+        else: other = pair_margin(*as_dpo_gaps(policy, batch, SobolevEnergy(1.5), own)[:2])
+    assert ((right-other).abs() > .05*right.abs()).any()
+
+
+@pytest.mark.parametrize("change, message", [(dict(s=-1.), "s=-1"), (dict(loser="amg"), "loser must be one of"), (dict(outputs=()), "outputs must be a list"),
+                                             (dict(kappa=0.), "kappa must be positive"), (dict(radius=-1.), "radius must be positive"), (dict(frequency="hertz"), "frequency must be one of"),
+                                             (dict(drift=.1, loop=Loop()), "set keep_every"), (dict(patch=200), "patch 200 is larger"), (dict(batch=0), "batch must be at least 1")])
+def test_config(config, change, message):
+    with pytest.raises(ValueError, match=message): replace(config, **change)
+
+
+def test_occupied_folder(whole, config):
+    with pytest.raises(RunOccupied, match="lam differ"): train_asasr(replace(config, out_dir=str(whole), lam=.1))
