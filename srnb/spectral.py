@@ -73,8 +73,15 @@ def _transform(x, inverse): # both axes, each by the faster way for its length
         d = _matrix(n, x.dtype, x.device)
         return d.T if inverse else d
     rows, columns = (by_matrix(n) for n in x.shape[-2:])
-    x = fft(x) if columns is None else x @ columns.T
-    return fft(x.mT).mT.contiguous() if rows is None else rows @ x
+    def planes(x): # (...,H,W)
+        x = fft(x) if columns is None else x @ columns.T
+        return fft(x.mT).mT if rows is None else rows @ x
+    some = 2**16*torch.get_num_threads() # values that stay in the cache of a CPU between the steps
+    if x.device.type != "cpu" or x.numel() <= some: return planes(x).contiguous()
+    flat = x.reshape(-1, *x.shape[-2:])
+    step, out = max(1, some//flat[0].numel()), torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for part, to in zip(flat.split(step), out.split(step), strict=True): to.copy_(planes(part))
+    return out.view(x.shape)
 
 class _DCT2(torch.autograd.Function): # orthonormal: the adjoint is the inverse, and nothing is kept
     @staticmethod

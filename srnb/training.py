@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEGRADATIONS', 'PATHS', 'SAMPLERS', 'EMBEDDED', 'DTYPES', 'REWARDS', 'NORMALISERS', 'HPO', 'METRICS', 'LOSERS',
-           'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'fit', 'check_folders', 'choose',
+           'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'fit', 'put', 'check_folders', 'choose',
            'record_of', 'draw_batch', 'sft_loss', 'SFTRun', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs',
-           'pairs_of_bank', 'quantized', 'group_batch', 'preference_loss', 'DPORun', 'photo_sets', 'train_dp2o',
-           'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss', 'ASASRRun',
-           'train_adapter', 'put', 'drift_of', 'train_asasr', 'held_out_preference', 'spectra', 'from_config', 'main']
+           'pairs_of_bank', 'quantized', 'group_batch', 'preference_loss', 'DPORun', 'photo_sets', 'inputs_of',
+           'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss',
+           'ASASRRun', 'train_adapter', 'drift_of', 'train_asasr', 'held_out_preference', 'spectra', 'from_config',
+           'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import json
@@ -144,7 +145,14 @@ def fit(
     result = average or {n: p.detach().clone() for n, p in names.items()}
     return {n: p.cpu() for n, p in result.items()}, pd.DataFrame(rows, columns=["step", *sorted({n for r in rows for n in r}-{"step"})])
 
-# %% ../nbs/40_training.ipynb #40-training-022
+# %% ../nbs/40_training.ipynb #40-training-014
+def put(net:nn.Module, weights:dict[str, Tensor])->None:
+    "Copy weights into the parameters of their names"
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if n in weights: p.copy_(weights[n])
+
+# %% ../nbs/40_training.ipynb #40-training-023
 DEGRADATIONS = dict(resshift_test=RESSHIFT_TEST, resshift_train=RESSHIFT_TRAIN, seesr=SEESR)
 PATHS = dict(flow=Flow(), vp_eps=VPEps(), vp_v=VPV())
 SAMPLERS = dict(ddim=sample_ddim, ddpm=sample_ddpm)
@@ -167,14 +175,14 @@ def choose(
     if name not in table: raise ValueError(f"{what} must be one of {', '.join(table)}; got {name!r}")
     return table[name]
 
-# %% ../nbs/40_training.ipynb #40-training-023
+# %% ../nbs/40_training.ipynb #40-training-024
 def record_of(
     cfg,    # a run's dataclass
 )->dict:    # JSON types
     "What decides a run's result: its config without the folders, which may be moved"
     return {k: v for k, v in asdict(cfg).items() if k not in ("out_dir", "banks")}
 
-# %% ../nbs/40_training.ipynb #40-training-026
+# %% ../nbs/40_training.ipynb #40-training-027
 def draw_batch(
     pool,          # srnb.data.PatchPool
     policy,        # gives codec and path
@@ -207,7 +215,7 @@ def sft_loss(
         return flow + mean, dict(flow=flow.mean().item(), mean=mean.mean().item())
     return loss
 
-# %% ../nbs/40_training.ipynb #40-training-027
+# %% ../nbs/40_training.ipynb #40-training-028
 @dataclass(frozen=True)
 class SFTRun:
     "One supervised run: a base from photographs"
@@ -231,7 +239,7 @@ class SFTRun:
         stride = 4*2**(len(self.channels)-1)
         if self.patch % stride: raise ValueError(f"patch must be a multiple of the network's stride {stride}, got {self.patch}")
 
-# %% ../nbs/40_training.ipynb #40-training-028
+# %% ../nbs/40_training.ipynb #40-training-029
 def train_sft(
     cfg:SFTRun, # JSON types only, so that it can be recorded
 )->Path:        # the run's folder; the policy is in its folder `policy`
@@ -269,7 +277,7 @@ def check_unseen(
     for p in photos:
         if p.sha256 in seen: raise ValueError(f"{p.path} was in the training of {policy_dir}; report on photographs that it has not seen")
 
-# %% ../nbs/40_training.ipynb #40-training-029
+# %% ../nbs/40_training.ipynb #40-training-030
 def evaluate_base(
     out_dir:str|Path,                  # a finished SFT run, or any folder that holds a policy in `policy`
     held_out:tuple[str, ...]=(),       # folders; none: the embedded held-out photographs
@@ -296,7 +304,7 @@ def evaluate_base(
     write_table(out/"metrics.parquet", table)
     return table
 
-# %% ../nbs/40_training.ipynb #40-training-033
+# %% ../nbs/40_training.ipynb #40-training-034
 @dataclass(frozen=True)
 class Pairs:
     "Winners and losers of a bank, 8 bit, and the weight of every pair"
@@ -322,7 +330,7 @@ def pairs_of_bank(
 def quantized(x:Tensor)->Tensor: # [0, 1] -> bytes
     return x.mul(255).round().byte()
 
-# %% ../nbs/40_training.ipynb #40-training-034
+# %% ../nbs/40_training.ipynb #40-training-035
 def group_batch(
     pairs:Pairs,
     policy:Policy,
@@ -348,7 +356,7 @@ def group_batch(
     x, target = policy.path.state(z, eps, sigma), policy.path.target(z, eps, sigma)
     return tuple(o.to(policy.device) for o in (x, sigma, target, torch.cat(cond), pairs.weight[pick].float()))
 
-# %% ../nbs/40_training.ipynb #40-training-035
+# %% ../nbs/40_training.ipynb #40-training-036
 def preference_loss(
     pairs:Pairs,
     policy:Policy,         # with the trained adapter `policy`
@@ -382,7 +390,7 @@ def preference_loss(
         return dict(logs, safeguard=float(scale))
     return loss, backward if safeguard else None
 
-# %% ../nbs/40_training.ipynb #40-training-049
+# %% ../nbs/40_training.ipynb #40-training-050
 REWARDS = dict(offline=OFFLINE, offline_fr=Reward("offline_fr", fr=OFFLINE.fr), offline_nr=Reward("offline_nr", nr=OFFLINE.nr), dp2o=DP2O)
 NORMALISERS = ("group", "global")
 HPO = dict(none=(False, False), intra=(True, False), inter=(False, True), both=(True, True))
@@ -434,7 +442,7 @@ class DPORun:
         if not 1 <= self.places <= 5: raise ValueError(f"places must lie in [1, 5], got {self.places}")
         if self.patch > self.size: raise ValueError(f"patch {self.patch} is larger than the candidates ({self.size})")
 
-# %% ../nbs/40_training.ipynb #40-training-050
+# %% ../nbs/40_training.ipynb #40-training-051
 def photo_sets(
     photos:tuple[str, ...],   # folders, or none
     held_out:tuple[str, ...], # folders, or none
@@ -446,12 +454,26 @@ def photo_sets(
     check_disjoint(train, test)
     return train, test
 
+def inputs_of(
+    cfg,            # DPORun or ASASRRun
+    policy:Policy,  # the base
+)->tuple[list, list]: # (id, lq, gt) of the training crops and of the held-out photographs
+    "What a run looks at, checked against the network and against what its base has seen"
+    train, test = photo_sets(cfg.photos, cfg.held_out)
+    if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
+    degradation, stride = DEGRADATIONS[cfg.degradation], policy.codec.factor*2**(len(policy.net.config.channels)-1)
+    if cfg.size % stride or cfg.patch % stride:
+        raise ValueError(f"size and patch must be multiples of the network's stride {stride}, got {cfg.size} and {cfg.patch}")
+    check_unseen(EMBEDDED if cfg.backbone == "small" else cfg.backbone, test)
+    crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
+    return crops, [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
+
 def train_dp2o(
     cfg:DPORun, # everything that decides the result
 )->Path:        # the run's folder: config.json, log.parquet, adapter/, metrics.parquet
     "Curate, train, evaluate before and after; resumes, and says so if it is already done"
     from accelerate import PartialState
-    reward, degradation = REWARDS[cfg.reward], DEGRADATIONS[cfg.degradation]
+    reward = REWARDS[cfg.reward]
     judges = [METRICS[n] for n in cfg.judges if n not in {m.name for m in reward.metrics}]
     check_available([*reward.metrics, *judges], (cfg.size, cfg.size))
     state = PartialState()
@@ -461,18 +483,10 @@ def train_dp2o(
         if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
         if run_done(out):
             print(f"{os.path.relpath(out)} is done"); return out
-        train, test = photo_sets(cfg.photos, cfg.held_out)
-        if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-        note = dict(degradation=cfg.degradation, size=cfg.size)
-        crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
-        probes = [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
-        policy = from_pretrained(cfg.backbone, PATHS[cfg.path], DTYPES[cfg.precision], state.device)
-        stride = policy.codec.factor*2**(len(policy.net.config.channels)-1)
-        if cfg.size % stride or cfg.patch % stride:
-            raise ValueError(f"size and patch must be multiples of the network's stride {stride}, got {cfg.size} and {cfg.patch}")
-        check_unseen(EMBEDDED if cfg.backbone == "small" else cfg.backbone, test)
+        policy, note = from_pretrained(cfg.backbone, PATHS[cfg.path], DTYPES[cfg.precision], state.device), dict(degradation=cfg.degradation, size=cfg.size)
+        crops, probes = inputs_of(cfg, policy)
         out = open_run(out, record_of(cfg)) # the inputs are good: the folder is claimed
-        print(f"candidates: {len(crops)} crops of {len(train)} photographs, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
+        print(f"candidates: {len(crops)} crops, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
         home = Path(cfg.banks or out)
         before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before") # shared banks may hold several sizes
         make_bank(home/"bank", policy, crops, cfg.m, cfg.steps, SAMPLERS[cfg.sampler], note=note)
@@ -486,10 +500,7 @@ def train_dp2o(
     net = policy.net.to(state.device)
     loss, backward = preference_loss(pairs, policy, cfg.kappa, cfg.groups, cfg.patch, cfg.seed, safeguard=cfg.safeguard)
     weights, log = fit(net, loss, cfg.loop, out, backward)
-    with torch.no_grad():
-        for n, p in net.named_parameters():
-            if n in weights: p.copy_(weights[n])
-    policy.net = net
+    put(net, weights); policy.net = net
     with state.main_process_first():
         if run_done(out): return out
         write_table(out/"log.parquet", log)
@@ -498,7 +509,7 @@ def train_dp2o(
         write_table(out/"metrics.parquet", evaluate(before, out/"after", [i for i, _, _ in probes], reward, bounds, judges, policy.codec.scale))
     return out
 
-# %% ../nbs/40_training.ipynb #40-training-051
+# %% ../nbs/40_training.ipynb #40-training-052
 def evaluate(
     before:str|Path,      # bank of the held-out photographs
     after:str|Path,       # the same photographs and seeds after training
@@ -527,7 +538,7 @@ def evaluate(
         rows += [dict(image=i, seed=0, metric=n, variant="bicubic", value=v.item()) for n, v in values.items()]
     return pd.DataFrame(rows).astype(dict(seed="int64", value="float64"))
 
-# %% ../nbs/40_training.ipynb #40-training-053
+# %% ../nbs/40_training.ipynb #40-training-054
 def output_batch(
     groups:list[Group], # lq, gt and outputs of other models
     policy:Policy,
@@ -587,7 +598,7 @@ def as_dpo_gaps(
 def as_dpo_loss(
     groups:list[Group],    # from a bank of outputs
     policy:Policy,
-    kappa:float,           # strength per unit of the energy; beta in the paper, which sums instead of averaging
+    kappa:float,           # strength per unit of the energy; the paper's beta multiplies raw sums
     energy:SobolevEnergy,
     loser:Callable,        # (policy, z, eps, sigma, cond, given) -> z of the losers
     n:int,                 # pairs of a micro-batch
@@ -605,7 +616,7 @@ def as_dpo_loss(
         return dpo_loss(margin, kappa), logs
     return loss
 
-# %% ../nbs/40_training.ipynb #40-training-060
+# %% ../nbs/40_training.ipynb #40-training-061
 LOSERS = ("adversary", "riesz", "given", "none")
 OUTPUTS = (*BASELINES, "base")
 
@@ -626,7 +637,7 @@ class ASASRRun:
     s:float = 1.5                      # Sobolev index; 0: mean square
     frequency:str = "half"             # unit of frequency, a key of FREQUENCIES
     unit_mean:bool = True              # weights of mean one
-    kappa:float = 1000.                # strength per unit of energy
+    kappa:float = 10000.               # strength per unit of energy; the paper's beta = 2000 multiplies raw sums, which is far stronger
     rank:int = 16                      # of `reference` and `policy`
     adversary_rank:int = 16            # of `adversary`
     batch:int = 8                      # pairs of a micro-batch
@@ -640,7 +651,7 @@ class ASASRRun:
     drift:float = 0.                   # take the kept copy nearest to this drift; 0: the last step
     sft:Loop = Loop(steps=60, lr=1e-4, warmup=10, decay=.5, save_every=30, log_every=5) # noqa: RUF009  of `reference`
     imitation:Loop = Loop(steps=120, lr=3e-4, warmup=10, decay=.5, save_every=40, log_every=5) # noqa: RUF009  of `adversary`
-    loop:Loop = Loop(steps=100, lr=3e-4, warmup=10, save_every=25, log_every=5, keep_every=10) # noqa: RUF009  of `policy`
+    loop:Loop = Loop(steps=60, lr=1e-4, warmup=10, save_every=20, log_every=5, keep_every=5) # noqa: RUF009  of `policy`
     banks:str|None = None              # folder for what runs may share: outputs, reference, adversaries, samples before; None: out_dir
     def __post_init__(self):
         for what, table in (("degradation", DEGRADATIONS), ("precision", DTYPES), ("loser", dict.fromkeys(LOSERS)), ("frequency", FREQUENCIES)):
@@ -658,7 +669,7 @@ class ASASRRun:
         if self.patch > self.size: raise ValueError(f"patch {self.patch} is larger than the crops ({self.size})")
         SobolevEnergy(self.s), check_folders(photos=self.photos, held_out=self.held_out)
 
-# %% ../nbs/40_training.ipynb #40-training-061
+# %% ../nbs/40_training.ipynb #40-training-062
 def train_adapter(
     folder:str|Path,  # of this stage
     policy:Policy,    # receives the adapter
@@ -683,12 +694,6 @@ def train_adapter(
         state.wait_for_everyone()
     return folder/"adapter"
 
-def put(net:nn.Module, weights:dict[str, Tensor])->None:
-    "Copy weights into the parameters of their names"
-    with torch.no_grad():
-        for n, p in net.named_parameters():
-            if n in weights: p.copy_(weights[n])
-
 @torch.no_grad()
 def drift_of(
     policy:Policy,
@@ -705,13 +710,13 @@ def drift_of(
         total += (policy.predict(x, sigma, lq)-ref).square().mean().item()*8/n
     return total
 
-# %% ../nbs/40_training.ipynb #40-training-062
+# %% ../nbs/40_training.ipynb #40-training-063
 def train_asasr(
     cfg:ASASRRun, # everything that decides the result
 )->Path:          # the run's folder: config.json, log, drift and psd .parquet, adapter/, metrics.parquet
     "Outputs, reference, adversary, AS-DPO, evaluation before and after; resumes, and says so if it is already done"
     from accelerate import PartialState
-    judges, degradation, state = [METRICS[n] for n in cfg.judges], DEGRADATIONS[cfg.degradation], PartialState()
+    judges, state = [METRICS[n] for n in cfg.judges], PartialState()
     check_available(judges, (cfg.size, cfg.size))
     out, home = Path(cfg.out_dir), Path(cfg.banks or cfg.out_dir)
     energy = SobolevEnergy(cfg.s, cfg.frequency, cfg.unit_mean)
@@ -723,21 +728,13 @@ def train_asasr(
         if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
         if run_done(out):
             print(f"{os.path.relpath(out)} is done"); return out
-        train, test = photo_sets(cfg.photos, cfg.held_out)
-        if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-        note = dict(degradation=cfg.degradation, size=cfg.size)
-        crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
-        probes = [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
-        policy = base()
-        stride = policy.codec.factor*2**(len(policy.net.config.channels)-1)
-        if cfg.size % stride or cfg.patch % stride:
-            raise ValueError(f"size and patch must be multiples of the network's stride {stride}, got {cfg.size} and {cfg.patch}")
-        check_unseen(EMBEDDED if cfg.backbone == "small" else cfg.backbone, test)
+        policy, note = base(), dict(degradation=cfg.degradation, size=cfg.size)
+        crops, probes = inputs_of(cfg, policy)
         models = {n: BASELINES[n] if n in BASELINES else lambda lq: policy.sample(lq, [0], cfg.steps)[:, 0] for n in cfg.outputs}
         for n, f in models.items():
             if n in BASELINES: f(crops[0][1][None, :, :16, :16]) # a missing package is found out now
         out = open_run(out, record_of(cfg)) # the inputs are good: the folder is claimed
-        print(f"outputs of {', '.join(models)} for {len(crops)} crops of {len(train)} photographs; held out: {len(probes)} photographs, M = {cfg.eval_m}")
+        print(f"outputs of {', '.join(models)} for {len(crops)} crops; held out: {len(probes)} photographs, M = {cfg.eval_m}")
         for name, pairs in (("outputs", crops), ("held_out_outputs", probes)): make_outputs(home/name, models, pairs, dict(note, backbone=cfg.backbone, steps=cfg.steps))
     groups, held_out = ([read_group(home/n, i) for i, _, _ in pairs] for n, pairs in (("outputs", crops), ("held_out_outputs", probes)))
     shared = dict(note, backbone=cfg.backbone, outputs=cfg.outputs, ids=[i for i, _, _ in crops], batch=cfg.batch, patch=cfg.patch, precision=cfg.precision)
@@ -779,7 +776,7 @@ def train_asasr(
         write_table(out/"metrics.parquet", table)
     return out
 
-# %% ../nbs/40_training.ipynb #40-training-063
+# %% ../nbs/40_training.ipynb #40-training-064
 @torch.no_grad()
 def held_out_preference(
     policy:Policy,
@@ -812,7 +809,7 @@ def spectra(
             rows += [dict(image=i, variant=variant, frequency=x, power=y) for x, y in zip(f.tolist(), p.mean(0).tolist(), strict=True)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/40_training.ipynb #40-training-065
+# %% ../nbs/40_training.ipynb #40-training-066
 RUNS = dict(sft=(SFTRun, train_sft), dp2o=(DPORun, train_dp2o), asasr=(ASASRRun, train_asasr))
 
 def from_config(
@@ -830,7 +827,7 @@ def from_config(
         config[f.name] = replace(f.default, **config[f.name])
     return function, kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
-# %% ../nbs/40_training.ipynb #40-training-070
+# %% ../nbs/40_training.ipynb #40-training-071
 def main(argv:list[str]|None=None)->None:
     "python -m srnb.training config.json"
     argv = sys.argv[1:] if argv is None else argv
@@ -838,6 +835,6 @@ def main(argv:list[str]|None=None)->None:
     function, cfg = from_config(json.loads(Path(argv[0]).read_text()))
     print(function(cfg))
 
-# %% ../nbs/40_training.ipynb #40-training-071
+# %% ../nbs/40_training.ipynb #40-training-072
 #| eval: false
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

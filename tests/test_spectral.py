@@ -52,6 +52,11 @@ def test_views_and_frozen_inputs():
     x = rand(2, 3, 9, 8)
     close(dct2(x.mT), dct2(x).mT, atol=1e-13)
     close(dct2(x[:, :, ::2, 1::3]), dct2(x[:, :, ::2, 1::3].contiguous()), atol=1e-14)
+    for shape in ((300, 260), (3, 300, 260), (2, 3, 2, 150, 100)): # more than one portion of planes
+        y = rand(*shape).mT
+        assert dct2(y).is_contiguous() and dct2(y).shape == y.shape
+        close(dct2(y), scipy.fft.dctn(y.numpy(), axes=(-2, -1), norm="ortho"), atol=1e-11)
+        close(idct2(dct2(y)), y, atol=1e-11)
     with torch.inference_mode(): dct2(rand(1, 1, 13, 11)), SobolevEnergy(1.25)(rand(1, 1, 13, 11)) # fills the caches
     y = rand(1, 1, 13, 11).requires_grad_()
     w = SobolevEnergy(1.25).weights(y)
