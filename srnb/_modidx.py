@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.given_loser': ('training.html#given_loser', 'srnb/training.py'),
                                'srnb.training.group_batch': ('training.html#group_batch', 'srnb/training.py'),
                                'srnb.training.held_out_preference': ('training.html#held_out_preference', 'srnb/training.py'),
+                               'srnb.training.inputs_of': ('training.html#inputs_of', 'srnb/training.py'),
                                'srnb.training.latest_checkpoint': ('training.html#latest_checkpoint', 'srnb/training.py'),
                                'srnb.training.main': ('training.html#main', 'srnb/training.py'),
                                'srnb.training.output_batch': ('training.html#output_batch', 'srnb/training.py'),

@@ -76,8 +76,8 @@ def _transform(x, inverse): # both axes, each by the faster way for its length
     def planes(x): # (...,H,W)
         x = fft(x) if columns is None else x @ columns.T
         return fft(x.mT).mT if rows is None else rows @ x
-    some = 2**16*torch.get_num_threads() # values that stay in the cache of a CPU between the steps
-    if x.device.type != "cpu" or x.numel() <= some: return planes(x).contiguous()
+    some = 2**16*torch.get_num_threads() # values that stay in a CPU's cache between the steps
+    if x.device.type != "cpu" or x.numel() <= 4*some: return planes(x).contiguous()
     flat = x.reshape(-1, *x.shape[-2:])
     step, out = max(1, some//flat[0].numel()), torch.empty_like(flat, memory_format=torch.contiguous_format)
     for part, to in zip(flat.split(step), out.split(step), strict=True): to.copy_(planes(part))
