@@ -327,6 +327,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.SFTRun.__post_init__': ('training.html#sftrun.__post_init__', 'srnb/training.py'),
                                'srnb.training._save': ('training.html#_save', 'srnb/training.py'),
                                'srnb.training.adapter_loss': ('training.html#adapter_loss', 'srnb/training.py'),
+                               'srnb.training.alone': ('training.html#alone', 'srnb/training.py'),
                                'srnb.training.as_dpo_gaps': ('training.html#as_dpo_gaps', 'srnb/training.py'),
                                'srnb.training.as_dpo_loss': ('training.html#as_dpo_loss', 'srnb/training.py'),
                                'srnb.training.check_folders': ('training.html#check_folders', 'srnb/training.py'),

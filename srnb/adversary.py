@@ -56,7 +56,7 @@ def riesz_step(
     down = energy.power(grad, -1)
     return -like_batch(radius, grad)*down/like_batch(energy(down).sqrt().clamp(min=torch.finfo(grad.dtype).tiny), grad)
 
-# %% ../nbs/31_adversary.ipynb #31-adversary-031
+# %% ../nbs/31_adversary.ipynb #31-adversary-032
 def coupled_pair(
     path,           # of the policy
     z:Tensor,       # (B,C,H,W) winners
@@ -92,6 +92,6 @@ def riesz_loser(
     radius:float=.003,      # of z_l - z at sigma = 1: epsilon_t is radius*sigma*alpha, as the coupled adversary's perturbation
 )->Tensor:                  # (B,C,H,W) losers
     "The closed form: the image that absorbs the Riesz step, with the winner's noise [Wang+ 2026, eqs. 17, 19]"
-    x = policy.path.state(z, eps, sigma)
-    grad = error_gradient(policy, x, sigma, moving_target(policy.path, sigma.clamp(max=.999), eps=eps), cond)
+    sigma = sigma.clamp(max=.999) # at 1 the state holds no image that could absorb a move
+    grad = error_gradient(policy, policy.path.state(z, eps, sigma), sigma, moving_target(policy.path, sigma, eps=eps), cond)
     return z + like_batch(sigma, z)*riesz_step(grad, energy, radius)

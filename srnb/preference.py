@@ -38,7 +38,7 @@ def dpo_loss(
         raise ValueError(f"kappa must be positive, got {kappa}; exchange winner and loser to reverse a preference")
     return F.softplus(-kappa*margin)
 
-# %% ../nbs/30_preference.ipynb #30-preference-034
+# %% ../nbs/30_preference.ipynb #30-preference-038
 def group_margins(
     gap_w:Tensor, # (G,Nw) mean square, of the winners
     gap_l:Tensor, # (G,Nl) of the losers
@@ -61,7 +61,7 @@ def group_loss(
         loss = weight*loss
     return loss.mean((-1, -2))
 
-# %% ../nbs/30_preference.ipynb #30-preference-041
+# %% ../nbs/30_preference.ipynb #30-preference-045
 SATURATED = 5. # |kappa*margin| above which a pair's slope is within 0.7 % of 0 or of -kappa
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def diagnostics(
                   drift=(now-ref).square().mean())
     return dict(zip(values, torch.stack([o.float() for o in values.values()]).tolist(), strict=True))
 
-# %% ../nbs/30_preference.ipynb #30-preference-045
+# %% ../nbs/30_preference.ipynb #30-preference-049
 def group_gradients(
     loss:Tensor,               # () scalar, made from these two gaps and from nothing else
     gap_w:Tensor,              # (G,N) with graph
@@ -100,7 +100,7 @@ def group_gradients(
     grads_w = torch.autograd.grad((gap_w*pull[0]).sum(), params, retain_graph=True, materialize_grads=True)
     return grads_w, torch.autograd.grad((gap_l*pull[1]).sum(), params, materialize_grads=True)
 
-# %% ../nbs/30_preference.ipynb #30-preference-050
+# %% ../nbs/30_preference.ipynb #30-preference-054
 def safeguard_scale(
     grads_w:Sequence[Tensor], # one per parameter, from `group_gradients`
     grads_l:Sequence[Tensor], # the same of the losers
@@ -113,7 +113,7 @@ def safeguard_scale(
     ab = torch.stack([dot(a, b) for a, b in zip(grads_w, grads_l, strict=True)]).sum()
     return torch.where(ab < -aa, aa/-ab, torch.ones_like(aa))
 
-# %% ../nbs/30_preference.ipynb #30-preference-060
+# %% ../nbs/30_preference.ipynb #30-preference-064
 def two_pass_backward(
     gap_of:Callable,  # slice -> (b,) gaps of those candidates, with graph; called twice, must give the same values
     n:int,            # >= 1, candidates in all

@@ -8,15 +8,16 @@ __all__ = ['DEGRADATIONS', 'PATHS', 'SAMPLERS', 'EMBEDDED', 'DTYPES', 'REWARDS',
            'record_of', 'draw_batch', 'sft_loss', 'SFTRun', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs',
            'pairs_of_bank', 'quantized', 'group_batch', 'preference_loss', 'DPORun', 'photo_sets', 'inputs_of',
            'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss',
-           'ASASRRun', 'train_adapter', 'drift_of', 'train_asasr', 'held_out_preference', 'spectra', 'from_config',
-           'main']
+           'ASASRRun', 'train_adapter', 'alone', 'drift_of', 'train_asasr', 'held_out_preference', 'spectra',
+           'from_config', 'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,13 +30,13 @@ from torch import Tensor, nn
 from .adversary import adversary_loser, coupled_pair, riesz_loser
 from .baselines import BASELINES
 from .core import _replace, bicubic, generator, open_run, progress, run_done, seed_of, write_json, write_table
-from .curation import Group, bank_bounds, bank_reward, hpo_weights, make_bank, make_outputs, read_group, score_bank, top_bottom
+from .curation import Group, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank, make_outputs, read_group, score_bank, top_bottom
 from .data import PatchPool, check_disjoint, embedded_photos, find_photos, make_pair, split_photos
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR
 from .nets import SmallUNet, UNetConfig
 from .paths import Flow, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import Policy, ResidualCodec, from_pretrained, load_adapter, save_adapter, save_pretrained
-from .preference import diagnostics, dpo_loss, group_gradients, group_loss, pair_margin, safeguard_scale
+from .preference import SATURATED, diagnostics, dpo_loss, group_gradients, group_loss, pair_margin, safeguard_scale
 from .rewards import (CVVDP, DP2O, GMSD, LSD, OFFLINE, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax,
                           Reward, check_available, hybrid, luma, score_group)
 from .spectral import FREQUENCIES, SobolevEnergy, energy_gap, l2_energy, radial_psd
@@ -141,7 +142,7 @@ def fit(
         if loop.keep_every and (k+1) % loop.keep_every == 0 and accelerator.is_main_process:
             _replace(out/"kept"/f"{k+1:08d}.safetensors", lambda tmp: save_file({n: p.detach().contiguous() for n, p in names.items()}, tmp))
         if (k+1) % loop.save_every == 0 or k+1 == loop.steps: _save(accelerator, out, k+1, average, rows, sums)
-    accelerator.end_training()
+    for tracker in accelerator.trackers: tracker.finish() # end_training would also end the process group, and a run has several stages
     result = average or {n: p.detach().clone() for n, p in names.items()}
     return {n: p.cpu() for n, p in result.items()}, pd.DataFrame(rows, columns=["step", *sorted({n for r in rows for n in r}-{"step"})])
 
@@ -610,9 +611,10 @@ def as_dpo_loss(
     def loss(model, step, part):
         policy.net = model
         w, l, now, ref = as_dpo_gaps(policy, output_batch(groups, policy, n, patch, seed_of(seed, "as_dpo", step, part, rank)), energy, loser)
-        with torch.no_grad(): logs = diagnostics(now, ref, w[None], l[None], kappa, energy) # accuracy over all n*n pairs of the batch
+        with torch.no_grad(): logs = diagnostics(now, ref, w[None], l[None], kappa, energy)
         margin = pair_margin(w, l)
-        logs["accuracy"] = ((margin > 0).float()+.5*(margin == 0)).mean().item() # over the pairs that are trained
+        logs["accuracy"], logs["saturated"] = (((margin > 0).float()+.5*(margin == 0)).mean().item(), # over the pairs that are trained
+                                               ((kappa*margin).abs() > SATURATED).float().mean().item())
         return dpo_loss(margin, kappa), logs
     return loss
 
@@ -664,7 +666,8 @@ class ASASRRun:
         for what in ("kappa", "radius", "lam"):
             if not getattr(self, what) > 0: raise ValueError(f"{what} must be positive, got {getattr(self, what)}")
         if self.take < 0 or self.drift < 0: raise ValueError(f"take and drift must be 0 or more, got {self.take}, {self.drift}")
-        if self.drift and not self.loop.keep_every: raise ValueError("a drift to match needs copies to choose from: set keep_every of the loop")
+        if self.drift and not 0 < self.loop.keep_every <= self.loop.steps:
+            raise ValueError(f"a drift to match needs copies to choose from: set keep_every of the loop, from 1 to {self.loop.steps}")
         if not 1 <= self.places <= 5: raise ValueError(f"places must lie in [1, 5], got {self.places}")
         if self.patch > self.size: raise ValueError(f"patch {self.patch} is larger than the crops ({self.size})")
         SobolevEnergy(self.s), check_folders(photos=self.photos, held_out=self.held_out)
@@ -683,16 +686,26 @@ def train_adapter(
     "Add an adapter, train it, write it; resumes, and does nothing if it is done"
     from accelerate import PartialState
     folder, state = Path(folder), PartialState()
-    with state.main_process_first(): open_run(folder, json.loads(json.dumps(note)))
-    if not (folder/"adapter"/"adapter_config.json").exists():
-        policy.add_lora(rank, seed=seed, name=name)
-        net = policy.net.to(state.device)
-        weights, log = fit(net, loss, loop, folder)
-        put(net, weights); policy.net = net
-        if state.is_main_process:
-            write_table(folder/"log.parquet", log); save_adapter(policy, folder/"adapter", name)
+    with state.main_process_first(): open_run(folder, note)
+    with alone(folder) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
+        if not (folder/"adapter"/"adapter_config.json").exists():
+            policy.add_lora(rank, seed=seed, name=name)
+            net = policy.net.to(state.device)
+            weights, log = fit(net, loss, loop, folder)
+            put(net, weights); policy.net = net
+            if state.is_main_process:
+                write_table(folder/"log.parquet", log); save_adapter(policy, folder/"adapter", name)
+            state.wait_for_everyone()
     return folder/"adapter"
+
+@contextmanager
+def alone(folder:str|Path)->Iterator[None]:
+    "Wait until no other process is in this folder; a process that dies leaves it free"
+    import fcntl # not on Windows
+    with open(Path(folder)/".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 @torch.no_grad()
 def drift_of(
@@ -728,16 +741,17 @@ def train_asasr(
         if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
         if run_done(out):
             print(f"{os.path.relpath(out)} is done"); return out
-        policy, note = base(), dict(degradation=cfg.degradation, size=cfg.size)
+        policy = base()
+        note = dict(degradation=cfg.degradation, size=cfg.size, base=fingerprint(policy))
         crops, probes = inputs_of(cfg, policy)
         models = {n: BASELINES[n] if n in BASELINES else lambda lq: policy.sample(lq, [0], cfg.steps)[:, 0] for n in cfg.outputs}
         for n, f in models.items():
             if n in BASELINES: f(crops[0][1][None, :, :16, :16]) # a missing package is found out now
         out = open_run(out, record_of(cfg)) # the inputs are good: the folder is claimed
         print(f"outputs of {', '.join(models)} for {len(crops)} crops; held out: {len(probes)} photographs, M = {cfg.eval_m}")
-        for name, pairs in (("outputs", crops), ("held_out_outputs", probes)): make_outputs(home/name, models, pairs, dict(note, backbone=cfg.backbone, steps=cfg.steps))
+        for name, pairs in (("outputs", crops), ("held_out_outputs", probes)): make_outputs(home/name, models, pairs, dict(note, steps=cfg.steps))
     groups, held_out = ([read_group(home/n, i) for i, _, _ in pairs] for n, pairs in (("outputs", crops), ("held_out_outputs", probes)))
-    shared = dict(note, backbone=cfg.backbone, outputs=cfg.outputs, ids=[i for i, _, _ in crops], batch=cfg.batch, patch=cfg.patch, precision=cfg.precision)
+    shared = dict(note, outputs=cfg.outputs, ids=[i for i, _, _ in crops], batch=cfg.batch, patch=cfg.patch, precision=cfg.precision)
     reference = train_adapter(home/"reference", policy, "reference", cfg.rank, 0, adapter_loss(groups, policy, cfg.batch, cfg.patch, 0),
                               cfg.sft, dict(shared, rank=cfg.rank, loop=asdict(cfg.sft)))
     policy, adversary = load_adapter(base(), reference, "reference"), None
@@ -768,8 +782,7 @@ def train_asasr(
         save_adapter(policy, out/"adapter")
         start, end = load_adapter(base(), reference, "reference"), load_adapter(load_adapter(base(), reference, "reference"), out/"adapter")
         before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before")
-        make_bank(before, start, probes, cfg.eval_m, cfg.steps, note=note)
-        make_bank(out/"after", end, probes, cfg.eval_m, cfg.steps, note=note)
+        for bank, who in ((before, start), (out/"after", end)): make_bank(bank, who, probes, cfg.eval_m, cfg.steps, note=note)
         write_table(out/"psd.parquet", spectra(before, out/"after", [i for i, _, _ in probes]))
         table = evaluate(before, out/"after", [i for i, _, _ in probes], None, None, judges, policy.codec.scale)
         if cfg.loser != "none": table = pd.concat([table, held_out_preference(policy, held_out, energy, cfg.kappa, losers[cfg.loser], cfg.patch)], ignore_index=True)

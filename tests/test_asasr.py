@@ -56,7 +56,7 @@ def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
         return call
     monkeypatch.setattr(Policy, "sample", counted("output", Policy.sample))
     monkeypatch.setattr(training, "output_batch", counted("batch", output_batch))
-    for what, n in (("output", 1), ("batch", 3), ("batch", 3+3), ("batch", 3+3+5), ("output", 4+1)): # within each stage
+    for what, n in (("output", 1), ("batch", 3), ("batch", 3+4), ("batch", 3+4+5), ("batch", 3+4+5+5), ("output", 4+1)): # within each stage
         die.update(dict(output=-1, batch=-1) | {what: n})
         with pytest.raises(KeyboardInterrupt, match=what): train_asasr(cfg)
     die.update(output=-1, batch=-1)
@@ -69,13 +69,16 @@ def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [dict(loser="riesz", s=1.), dict(loser="given", s=0.), dict(loser="none"), dict(lam=.1, unit_mean=False, frequency="radian", kappa=.01)],
                          ids=lambda o: "-".join(map(str, o.values())))
-def test_forms_and_sharing(config, tmp_path, change):
+def test_forms_and_sharing(config, tmp_path, tmp_path_factory, change):
     "Every way to make losers runs, takes what another run has made, and says which copy it kept"
-    cfg = replace(config, out_dir=str(tmp_path/"run"), banks=str(tmp_path/"shared"), drift=1e-9, **change)
+    shared = tmp_path_factory.getbasetemp()/"shared"
+    made = {f: f.stat().st_mtime_ns for n in ("outputs", "held_out_outputs", "reference", "before-2") for f in (shared/n).rglob("*.safetensors")}
+    cfg = replace(config, out_dir=str(tmp_path/"run"), banks=str(shared), drift=1e-9, **change)
     out = train_asasr(cfg)
     _, metrics = read_run(out)
     assert ("as_dpo_loss" in set(metrics.metric)) == (change.get("loser") != "none")
-    assert (tmp_path/"shared"/"adversary-3-0").exists() == ("loser" not in change)
+    assert all(f.stat().st_mtime_ns == at for f, at in made.items()) and (shared/"reference"/"adapter").exists()
+    assert not (out/"reference").exists() and (shared/"adversary-3-0").exists() == ("loser" not in change)
     drift = pd.read_parquet(out/"drift.parquet")
     assert drift.chosen.sum() == 1 and drift.drift[drift.chosen].item() == drift.drift.min()
     kept, adapter = load_file(out/"kept"/f"{drift.step[drift.chosen].item():08d}.safetensors"), load_file(out/"adapter"/"adapter_model.safetensors")
@@ -99,29 +102,45 @@ def test_the_adversary_is_not_trained(whole, config):
     assert torch.equal(before[2][:2], after[2][:2]) and not torch.equal(before[2][2:], after[2][2:]) # winners stay, losers move
 
 
-@pytest.mark.parametrize("wrong", ["exchanged", "own noise", "policy makes its own losers"])
-def test_wrong_pairs_are_told_apart(whole, config, wrong):
-    "Seeded faults of a batch change the margins of a policy that has moved"
+@pytest.fixture
+def moved(whole, config):
+    "A policy that has moved, with its adversary, and a batch"
     policy = load_adapter(load_adapter(from_pretrained(config.backbone), whole/"reference"/"adapter", "reference"), whole/"adversary-3-0"/"adapter", "adversary", on=False)
     load_adapter(policy, whole/"adapter")
-    with torch.no_grad(): # move it, and the adversary, further than six steps do
+    with torch.no_grad(): # further than six steps do
         for n, p in policy.net.named_parameters():
-            if "lora_B" in n: p.mul_(20 if "policy" in n else 1)
-    groups = [read_group(whole/"outputs", i) for i in finished_groups(whole/"outputs")]
+            if "lora_B.policy" in n: p.mul_(20)
+    return policy, output_batch([read_group(whole/"outputs", i) for i in finished_groups(whole/"outputs")], policy, 4, 32, 1)
+
+
+def by_hand(policy, z, z_l, eps, sigma, lq, energy):
+    "Margins from the definition: four energies a pair, in float64"
+    def error(z, adapters):
+        s = sigma[:, None, None, None]
+        with policy.using(*adapters): v = policy.predict((1-s)*z+s*eps, sigma, lq)
+        return energy((v-(eps-z)).double())
+    with_, without = ("reference", "policy"), ("reference",)
+    return (error(z_l, with_)-error(z_l, without)) - (error(z, with_)-error(z, without))
+
+
+def test_margins_by_hand(moved):
+    policy, (z, given, eps, sigma, lq) = moved
+    energy = SobolevEnergy(1.5)
     def loser(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond)
     def own(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond, adapters=("reference", "policy"))
-    batch = output_batch(groups, policy, 2, 32, 1)
-    with torch.no_grad():
-        right = pair_margin(*as_dpo_gaps(policy, batch, SobolevEnergy(1.5), loser)[:2])
-        if wrong == "exchanged": other = -right
-        elif wrong == "own noise": other = pair_margin(*as_dpo_gaps(policy, (*batch[:2], batch[2].flip(0), *batch[3:]), SobolevEnergy(1.5), loser)[:2])
-        else: other = pair_margin(*as_dpo_gaps(policy, batch, SobolevEnergy(1.5), own)[:2])
-    assert ((right-other).abs() > .05*right.abs()).any()
+    def margins(loser, eps=eps):
+        with torch.no_grad(): return pair_margin(*as_dpo_gaps(policy, (z, given, eps, sigma, lq), energy, loser)[:2])
+    for f in (loser, training.given_loser):
+        right = by_hand(policy, z, f(policy, z, eps, sigma, lq, given), eps, sigma, lq, energy)
+        assert torch.allclose(margins(f).double(), right, rtol=1e-2, atol=1e-6) and right.abs().min() > 1e-5
+    right = by_hand(policy, z, loser(policy, z, eps, sigma, lq, given), eps, sigma, lq, energy)
+    for wrong in (margins(own), margins(loser, eps.flip(0)), -margins(loser)): # its own loser, another noise, exchanged
+        assert not torch.allclose(wrong.double(), right, rtol=5e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("change, message", [(dict(s=-1.), "s=-1"), (dict(loser="amg"), "loser must be one of"), (dict(outputs=()), "outputs must be a list"),
                                              (dict(kappa=0.), "kappa must be positive"), (dict(radius=-1.), "radius must be positive"), (dict(frequency="hertz"), "frequency must be one of"),
-                                             (dict(drift=.1, loop=Loop()), "set keep_every"), (dict(patch=200), "patch 200 is larger"), (dict(batch=0), "batch must be at least 1")])
+                                             (dict(drift=.1, loop=Loop()), "set keep_every"), (dict(drift=.1, loop=Loop(steps=5, keep_every=9)), "from 1 to 5"), (dict(patch=200), "patch 200 is larger"), (dict(batch=0), "batch must be at least 1")])
 def test_config(config, change, message):
     with pytest.raises(ValueError, match=message): replace(config, **change)
 
