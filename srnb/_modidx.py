@@ -335,6 +335,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.choose': ('training.html#choose', 'srnb/training.py'),
                                'srnb.training.draw_batch': ('training.html#draw_batch', 'srnb/training.py'),
                                'srnb.training.drift_of': ('training.html#drift_of', 'srnb/training.py'),
+                               'srnb.training.drift_states': ('training.html#drift_states', 'srnb/training.py'),
                                'srnb.training.ema_decay': ('training.html#ema_decay', 'srnb/training.py'),
                                'srnb.training.evaluate': ('training.html#evaluate', 'srnb/training.py'),
                                'srnb.training.evaluate_base': ('training.html#evaluate_base', 'srnb/training.py'),

@@ -8,8 +8,8 @@ __all__ = ['DEGRADATIONS', 'PATHS', 'SAMPLERS', 'EMBEDDED', 'DTYPES', 'REWARDS',
            'record_of', 'draw_batch', 'sft_loss', 'SFTRun', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs',
            'pairs_of_bank', 'quantized', 'group_batch', 'preference_loss', 'DPORun', 'photo_sets', 'inputs_of',
            'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss',
-           'ASASRRun', 'train_adapter', 'alone', 'drift_of', 'train_asasr', 'held_out_preference', 'spectra',
-           'from_config', 'main']
+           'ASASRRun', 'train_adapter', 'alone', 'drift_states', 'drift_of', 'train_asasr', 'held_out_preference',
+           'spectra', 'from_config', 'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import json
@@ -148,10 +148,11 @@ def fit(
 
 # %% ../nbs/40_training.ipynb #40-training-014
 def put(net:nn.Module, weights:dict[str, Tensor])->None:
-    "Copy weights into the parameters of their names"
+    "Copy weights into the parameters of their names; every weight must have one"
+    params = dict(net.named_parameters())
+    if lost := sorted(set(weights)-set(params)): raise ValueError(f"the network has no parameter {lost[0]} ({len(lost)} of {len(weights)} weights have no place)")
     with torch.no_grad():
-        for n, p in net.named_parameters():
-            if n in weights: p.copy_(weights[n])
+        for n, w in weights.items(): params[n].copy_(w)
 
 # %% ../nbs/40_training.ipynb #40-training-023
 DEGRADATIONS = dict(resshift_test=RESSHIFT_TEST, resshift_train=RESSHIFT_TRAIN, seesr=SEESR)
@@ -708,20 +709,27 @@ def alone(folder:str|Path)->Iterator[None]:
         yield
 
 @torch.no_grad()
-def drift_of(
+def drift_states(
     policy:Policy,
     groups:list[Group], # of training photographs
     patch:int,          # pixels
-    n:int=64,           # states
-)->float:               # mean square, in the unit of the path's prediction
-    "Mean square distance of policy and reference on states of photographs, always the same ones"
-    total = 0.
-    for k in range(0, n, 8):
-        z, _, eps, sigma, lq = output_batch(groups, policy, 8, patch, seed_of("drift", k))
-        x = policy.path.state(z, eps, sigma)
-        with policy.reference(): ref = policy.predict(x, sigma, lq)
-        total += (policy.predict(x, sigma, lq)-ref).square().mean().item()*8/n
-    return total
+    n:int=8,            # batches of eight states, always the same ones
+)->list[tuple[Tensor, Tensor, Tensor, Tensor]]: # x, sigma, cond, what the reference predicts
+    "States of photographs on which drift is measured"
+    states = []
+    for k in range(n):
+        z, _, eps, sigma, lq = output_batch(groups, policy, 8, patch, seed_of("drift", 8*k))
+        x, cond = policy.path.state(z, eps, sigma), policy.encode(lq)
+        with policy.reference(): states.append((x, sigma, cond, policy.predict(x, sigma, cond)))
+    return states
+
+@torch.no_grad()
+def drift_of(
+    policy:Policy,
+    states:list[tuple], # from `drift_states`
+)->float:               # in the unit of the path's prediction
+    "Mean square distance of policy and reference"
+    return sum((policy.predict(x, sigma, cond)-ref).square().mean().item() for x, sigma, cond, ref in states)/len(states)
 
 # %% ../nbs/40_training.ipynb #40-training-063
 def train_asasr(
@@ -733,7 +741,7 @@ def train_asasr(
     check_available(judges, (cfg.size, cfg.size))
     out, home = Path(cfg.out_dir), Path(cfg.banks or cfg.out_dir)
     energy = SobolevEnergy(cfg.s, cfg.frequency, cfg.unit_mean)
-    losers = dict(adversary=lambda policy, z, eps, sigma, cond, given: adversary_loser(policy, z, eps, sigma, cond, cfg.lam, adapters=("reference", "adversary")),
+    losers = dict(adversary=lambda policy, z, eps, sigma, cond, given: adversary_loser(policy, z, eps, sigma, cond, cfg.lam),
                   riesz=lambda policy, z, eps, sigma, cond, given: riesz_loser(policy, z, eps, sigma, cond, energy, cfg.radius),
                   given=given_loser, none=None)
     def base(): return from_pretrained(cfg.backbone, dtype=DTYPES[cfg.precision], device=state.device)
@@ -754,7 +762,7 @@ def train_asasr(
     shared = dict(note, outputs=cfg.outputs, ids=[i for i, _, _ in crops], batch=cfg.batch, patch=cfg.patch, precision=cfg.precision)
     reference = train_adapter(home/"reference", policy, "reference", cfg.rank, 0, adapter_loss(groups, policy, cfg.batch, cfg.patch, 0),
                               cfg.sft, dict(shared, rank=cfg.rank, loop=asdict(cfg.sft)))
-    policy, adversary = load_adapter(base(), reference, "reference"), None
+    policy = load_adapter(base(), reference, "reference")
     if cfg.loser == "adversary":
         adversary = train_adapter(home/f"adversary-{cfg.adversary_rank}-{cfg.seed}", policy, "adversary", cfg.adversary_rank, cfg.seed,
                                   adapter_loss(groups, policy, cfg.batch, cfg.patch, seed_of(cfg.seed, "imitate"), imitate=True), cfg.imitation,
@@ -768,9 +776,9 @@ def train_asasr(
     policy.net = net
     with state.main_process_first():
         if run_done(out): return out
-        drifts = []
+        drifts, states = [], drift_states(policy, groups, cfg.patch)
         for path in sorted((out/"kept").glob("*.safetensors")):
-            put(net, load_file(path)); drifts.append(dict(step=int(path.stem), drift=drift_of(policy, groups, cfg.patch)))
+            put(net, load_file(path)); drifts.append(dict(step=int(path.stem), drift=drift_of(policy, states)))
         drifts = pd.DataFrame(drifts, columns=["step", "drift"])
         if cfg.drift:
             chosen = int(drifts.step[(drifts.drift-cfg.drift).abs().idxmin()])

@@ -46,6 +46,23 @@ def same_result(a:Path, b:Path)->None:
 
 
 @pytest.fixture
+def deadly(monkeypatch):
+    "count(owner, name): a function is counted in `calls`, and raises KeyboardInterrupt(name) at the call number in `die`"
+    calls, die = {}, {}
+
+    def count(owner, name):
+        real = getattr(owner, name)
+        calls[name] = 0
+
+        def call(*a, **k):
+            if calls[name] == die.get(name): raise KeyboardInterrupt(name)
+            calls[name] += 1
+            return real(*a, **k)
+        monkeypatch.setattr(owner, name, call)
+    return count, calls, die
+
+
+@pytest.fixture
 def clean_env()->dict:
     "Environment for a subprocess: without what a test run sets"
     return {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST", "PYTHONPATH")}

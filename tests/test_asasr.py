@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 import srnb.training as training
 from srnb.adversary import adversary_loser
-from srnb.core import RunOccupied, read_run
+from srnb.core import RunOccupied, read_run, seed_of
 from srnb.curation import finished_groups, read_group
 from srnb.policies import Policy, from_pretrained, load_adapter
 from srnb.preference import pair_margin
-from srnb.spectral import SobolevEnergy
+from srnb.rewards import luma
+from srnb.spectral import SobolevEnergy, radial_psd
 from srnb.training import ASASRRun, Loop, as_dpo_gaps, as_dpo_loss, output_batch, train_asasr
 
 
@@ -43,28 +44,32 @@ def test_record(whole, config):
     assert [next(v.shape[0] for k, v in o.items() if "lora_A" in k) for o in ranks] == [2, 3, 2]
 
 
-def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
+def test_killed_and_resumed(whole, config, tmp_path, deadly):
     "Killed within outputs, reference, adversary, policy and the last bank: what was finished is kept, the result is the same"
-    cfg, calls = replace(config, out_dir=str(tmp_path/"cut")), dict(output=0, batch=0)
-    die = dict(output=-1, batch=-1)
-
-    def counted(name, real):
-        def call(*a, **k):
-            if calls[name] == die[name]: raise KeyboardInterrupt(name)
-            calls[name] += 1
-            return real(*a, **k)
-        return call
-    monkeypatch.setattr(Policy, "sample", counted("output", Policy.sample))
-    monkeypatch.setattr(training, "output_batch", counted("batch", output_batch))
-    for what, n in (("output", 1), ("batch", 3), ("batch", 3+4), ("batch", 3+4+5), ("batch", 3+4+5+5), ("output", 4+1)): # within each stage
-        die.update(dict(output=-1, batch=-1) | {what: n})
+    cfg, (count, calls, die) = replace(config, out_dir=str(tmp_path/"cut")), deadly
+    count(Policy, "sample"), count(training, "output_batch")
+    moments = ("sample", 1), ("output_batch", 3), ("output_batch", 3+4), ("output_batch", 3+4+5), ("output_batch", 3+4+5+5), ("sample", 4+1)
+    for what, n in moments: # within each stage
+        die.clear()
+        die[what] = n
         with pytest.raises(KeyboardInterrupt, match=what): train_asasr(cfg)
-    die.update(output=-1, batch=-1)
+    die.clear()
     same_result(train_asasr(cfg), whole)
-    assert calls["output"] == 4+4 # the base's outputs of four photographs, two before, two after: none twice
+    assert calls["sample"] == 4+4 # the base's outputs of four photographs, two before, two after: none twice
     again = dict(calls)
     train_asasr(cfg)
     assert calls == again # done: nothing runs
+
+
+def test_spectra(whole):
+    "Every variant's spectrum is that of its own images"
+    psd = pd.read_parquet(whole/"psd.parquet")
+    for image, d in psd.groupby("image"):
+        a, b = read_group(whole/"before", image), read_group(whole/"after", image)
+        for variant, sr in dict(before=a.sr, after=b.sr, truth=a.gt[None]).items():
+            power = radial_psd(luma(sr)[:, 0]/255)[1].mean(0)
+            assert torch.equal(torch.tensor(d[d.variant == variant].power.to_numpy().copy()), power), variant
+        assert not torch.equal(a.sr, b.sr)
 
 
 @pytest.mark.parametrize("change", [dict(loser="riesz", s=1.), dict(loser="given", s=0.), dict(loser="none"), dict(lam=.1, unit_mean=False, frequency="radian", kappa=.01)],
@@ -136,6 +141,23 @@ def test_margins_by_hand(moved):
     right = by_hand(policy, z, loser(policy, z, eps, sigma, lq, given), eps, sigma, lq, energy)
     for wrong in (margins(own), margins(loser, eps.flip(0)), -margins(loser)): # its own loser, another noise, exchanged
         assert not torch.allclose(wrong.double(), right, rtol=5e-2, atol=1e-6)
+
+
+def test_held_out_preference(moved, whole):
+    "The loss and accuracy of every photograph are those of the margins; without the policy's adapter, ln 2 and none"
+    policy, _ = moved
+    groups, energy = [read_group(whole/"held_out_outputs", i) for i in finished_groups(whole/"held_out_outputs")], SobolevEnergy(1.5)
+    table = training.held_out_preference(policy, groups, energy, 1e3, training.given_loser, 32, draws=3).set_index(["image", "metric"]).value
+    for o in groups:
+        z, given, eps, sigma, lq = output_batch([o], policy, 3, 32, seed_of("held out", o.id))
+        margin = by_hand(policy, z, given, eps, sigma, lq, energy)
+        assert abs(table[o.id, "as_dpo_loss"]-torch.log1p((-1e3*margin).exp()).mean().item()) < 1e-3
+        assert table[o.id, "accuracy"] == pytest.approx((margin > 0).double().mean().item())
+    with torch.no_grad():
+        for n, p in policy.net.named_parameters():
+            if "lora_B.policy" in n: p.zero_()
+    table = training.held_out_preference(policy, groups, energy, 1e3, training.given_loser, 32, draws=3).set_index("metric").value
+    assert torch.allclose(torch.tensor(table["as_dpo_loss"].to_numpy().copy()), torch.tensor(math.log(2), dtype=torch.float64)) and (table["accuracy"] == 0).all()
 
 
 @pytest.mark.parametrize("change, message", [(dict(s=-1.), "s=-1"), (dict(loser="amg"), "loser must be one of"), (dict(outputs=()), "outputs must be a list"),

@@ -42,32 +42,23 @@ def test_record(whole, config):
     assert log.step.tolist() == [1, 2, 3, 4, 5, 6] and log.gap_w[0] == 0 and abs(log.loss[0]-0.6931) < 0.15  # ln 2 times the weights
 
 
-def test_killed_and_resumed(whole, config, tmp_path, monkeypatch):
+def test_killed_and_resumed(whole, config, tmp_path, deadly):
     "Killed within curation, within training and within the last bank: nothing finished is done again, the result is the same"
-    cfg, calls = replace(config, out_dir=str(tmp_path/"cut")), dict(sample=0, batch=0)
-    die = dict(sample=1, batch=-1)
-    sample, batch = Policy.sample, training.group_batch
-
-    def counted(name, real):
-        def call(*a, **k):
-            if calls[name] == die[name]: raise KeyboardInterrupt(name)
-            calls[name] += 1
-            return real(*a, **k)
-        return call
-    monkeypatch.setattr(Policy, "sample", counted("sample", sample))
-    monkeypatch.setattr(training, "group_batch", counted("batch", batch))
+    cfg, (count, calls, die) = replace(config, out_dir=str(tmp_path/"cut")), deadly
+    count(Policy, "sample"), count(training, "group_batch")
+    die.update(sample=1)
     with pytest.raises(KeyboardInterrupt, match="sample"): train_dp2o(cfg)
     assert len(finished_groups(tmp_path/"cut"/"bank")) == 1
-    die.update(sample=-1, batch=3)
-    with pytest.raises(KeyboardInterrupt, match="batch"): train_dp2o(cfg)
+    die.update(sample=-1, group_batch=3)
+    with pytest.raises(KeyboardInterrupt, match="group_batch"): train_dp2o(cfg)
     assert latest_checkpoint(tmp_path/"cut").name == "checkpoint-00000002" and calls["sample"] == 4
-    die.update(sample=5, batch=-1)
+    die.update(sample=5, group_batch=-1)
     with pytest.raises(KeyboardInterrupt, match="sample"): train_dp2o(cfg)
     die.update(sample=-1)
     same_result(train_dp2o(cfg), whole)
-    assert calls == dict(sample=6, batch=3+4)  # 2 + 2 + 2 groups once; steps 0 1 2 | 2 3 4 5
+    assert calls == dict(sample=6, group_batch=3+4)  # 2 + 2 + 2 groups once; steps 0 1 2 | 2 3 4 5
     train_dp2o(cfg)
-    assert calls == dict(sample=6, batch=3+4)  # done: nothing runs
+    assert calls == dict(sample=6, group_batch=3+4)  # done: nothing runs
 
 
 def test_kill_9(whole, config, tmp_path):
