@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_sigma', 'Path', 'Flow', 'get_sigmas_vp', 'alpha_vp', 'flow_of_vp', 'vp_of_flow', 'VP', 'VPEps', 'VPV',
-           'convert', 'check_sigmas', 'sample_euler', 'sample_ddim', 'posterior_var', 'sample_ddpm']
+           'convert', 'Shift', 'check_sigmas', 'sample_euler', 'sample_ddim', 'posterior_var', 'sample_ddpm']
 
 # %% ../nbs/02_paths.ipynb #02-paths-004
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class Path:
     #   draw_sigma(n, generator)          -> (n,) float32, training noise levels, on the generator's device
     #   sigma_grid(steps)                 -> (steps+1,) float32, descending, ends at 0
     #   to_flow(x, sigma), from_flow(x, sigma) -> (state, noise level) of the same z and eps on the other path
+    steps = 10 # of a sampler, if nobody says how many
+    def given(self, y:Tensor)->"Path":
+        "The path of these images; y (B,C,H,W) is their upsampled LQ, which residual shifting alone needs"
+        return self
+    def start(self, eps:Tensor)->Tensor:
+        "Where sampling starts, from standard normal noise"
+        return eps
     def state(self,
         z:Tensor,             # (B,C,H,W), clean data
         eps:Tensor,           # (B,C,H,W), standard normal
@@ -156,6 +163,50 @@ def convert(
     return converted
 
 # %% ../nbs/02_paths.ipynb #02-paths-043
+@dataclass(frozen=True)
+class Shift(Path):
+    "Residual shifting: from the noisy enlarged input to the photograph, the network predicts z [Yue+ 2023; You+ 2025, eq. 7]"
+    rho_shift:float=1.  # a = time**rho_shift
+    rho_noise:float=1.  # sigma = sigma_max*time**rho_noise
+    sigma_max:float=1.  # noise level at the far end, (0, 1]
+    y:Tensor|None=field(default=None, compare=False, repr=False) # (B,C,H,W), set by `given`
+    steps = 1
+    def __post_init__(self):
+        if not (0 < self.sigma_max <= 1 and self.rho_shift > 0 and self.rho_noise > 0):
+            raise ValueError(f"need sigma_max in (0, 1] and positive rho, got {self.sigma_max}, {self.rho_shift}, {self.rho_noise}")
+    def given(self, y): return replace(self, y=y)
+    def _y(self, y=None):
+        if y is None: y = self.y
+        if y is None: raise ValueError("residual shifting needs y, the upsampled LQ: pass it, or use path.given(y)")
+        return y
+    def start(self, eps): return self._y() + self.sigma_max*eps
+    def share(self, sigma): return (sigma/self.sigma_max)**(self.rho_shift/self.rho_noise) # of y
+    def alpha(self, sigma): return 1-self.share(sigma)
+    def state(self, z, eps, sigma, y=None):
+        if sigma.numel() and sigma.max() > self.sigma_max:
+            raise ValueError(f"sigma must not exceed sigma_max = {self.sigma_max}, got {sigma.max():.4g}")
+        return super().state(z, eps, sigma) + like_batch(self.share(sigma), z)*self._y(y)
+    def target(self, z, eps, sigma, y=None): return z
+    def estimates(self, x, prediction, sigma):
+        if (sigma <= 0).any(): raise ValueError("no noise estimate at sigma = 0: the state holds no noise")
+        rest = x - like_batch(self.alpha(sigma), x)*prediction - like_batch(self.share(sigma), x)*self._y()
+        return prediction, rest/like_batch(sigma, x)
+    def prediction(self, z_hat, eps_hat, sigma): return z_hat
+    def draw_sigma(self, n, generator):
+        return self.sigma_max*torch.rand(n, generator=generator, device=generator.device)**self.rho_noise
+    def sigma_grid(self, steps):
+        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+        return self.sigma_max*torch.linspace(1, 0, steps+1)**self.rho_noise
+    def to_flow(self, x, sigma):
+        a = self.share(sigma)
+        return (x - like_batch(a, x)*self._y())/like_batch(1-a+sigma, x), sigma/(1-a+sigma)
+    def from_flow(self, x, sigma):
+        if self.rho_shift != self.rho_noise: raise ValueError("from_flow needs rho_shift = rho_noise: no closed form otherwise")
+        own = self.sigma_max*sigma/(self.sigma_max + sigma*(1-self.sigma_max))
+        a = self.share(own)
+        return x*like_batch(1-a+own, x) + like_batch(a, x)*self._y(), own
+
+# %% ../nbs/02_paths.ipynb #02-paths-049
 def check_sigmas(
     sigmas:Tensor, # (steps+1,), [0, 1]
     x:Tensor,      # (B,C,H,W), float32 or float64, the state to start from
@@ -178,7 +229,7 @@ def sample_euler(
     for now, after in check_sigmas(sigmas, x).unfold(0, 2, 1): x = x + (after-now)*predict(x, now.expand(len(x)))
     return x
 
-# %% ../nbs/02_paths.ipynb #02-paths-044
+# %% ../nbs/02_paths.ipynb #02-paths-050
 def sample_ddim(
     predict:Callable, # (x, sigma) -> prediction on `path`
     x:Tensor,         # (B,C,H,W), state at sigmas[0]
@@ -189,10 +240,10 @@ def sample_ddim(
     "Deterministic sampler: mix the two estimates at the next level [Song+ 2020]"
     for now, after in check_sigmas(sigmas, x).unfold(0, 2, 1):
         z_hat, eps_hat = path.estimates(x, predict(x, now.expand(len(x))), now.expand(len(x)))
-        x = path.alpha(after)*z_hat + after*eps_hat
+        x = path.state(z_hat, eps_hat, after.expand(len(x)))
     return x
 
-# %% ../nbs/02_paths.ipynb #02-paths-045
+# %% ../nbs/02_paths.ipynb #02-paths-051
 def posterior_var(
     now:Tensor,   # () or (B,), (0, 1], noise level of x
     after:Tensor, # the same shape, below `now`
@@ -209,6 +260,7 @@ def sample_ddpm(
     draw:Callable,    # x -> standard normal noise like x; asked once a step, but not for a step to sigma = 0
 )->Tensor:            # (B,C,H,W), state at sigmas[-1]
     "Ancestral sampler with the posterior variance [Ho+ 2020]"
+    if isinstance(path, Shift): raise ValueError("the ancestral sampler knows no residual shifting; use sample_ddim")
     for now, after in check_sigmas(sigmas, x).unfold(0, 2, 1):
         z_hat, eps_hat = path.estimates(x, predict(x, now.expand(len(x))), now.expand(len(x)))
         var = posterior_var(now, after, path)

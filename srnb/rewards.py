@@ -6,8 +6,9 @@
 __all__ = ['Scorer', 'PSNR_Y', 'SSIM_Y', 'LSD', 'ST_LPIPS_ALEX', 'ST_LPIPS_VGG', 'LPIPS_ALEX', 'LPIPS_VGG', 'CVVDP', 'PIQE',
            'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'LADDER', 'luma', 'psnr_y', 'ssim_y',
            'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of', 'check_available', 'check_scores',
-           'score', 'score_group', 'pyiqa_metric', 'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward',
-           'hybrid', 'ladder_images', 'ladder_table', 'check_ladder', 'pair_agreement']
+           'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric', 'orient', 'GroupMinMax',
+           'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table', 'check_ladder',
+           'pair_agreement']
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-004
 import contextlib
@@ -270,6 +271,28 @@ LPIPS_VGG = Metric("lpips_vgg", "fr", False, functools.partial(_lpips, "vgg"),
                    "package lpips, then torchvision's VGG16 from download.pytorch.org")
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-038
+def deep_loss(
+    model:torch.nn.Module, # an LPIPS-shaped model: scaling_layer, net, lins
+)->Callable[[Tensor, Tensor], Tensor]: # a, b (B,3,H,W) in [0, 1] -> (B,) float32, differentiable
+    "The distance of an LPIPS-shaped model between the images of two batches, with finite gradients"
+    model.eval().requires_grad_(False)
+    def features(x):
+        maps = (o.float() for o in model.net(model.scaling_layer(2*x - 1))) # float32 also inside autocast
+        return [f/((f.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10) for f in maps]
+    def loss(a, b):
+        model.to(a.device)
+        return sum(lin((p-q).square()).float().mean((1, 2, 3)) for lin, p, q in zip(model.lins, features(a), features(b), strict=True))
+    return loss
+
+@functools.cache
+def st_lpips_loss(
+    net:str="alex", # or "vgg"
+)->Callable[[Tensor, Tensor], Tensor]: # as of `deep_loss`
+    "ST-LPIPS between the images of two batches, as a loss; loaded once"
+    from stlpips_pytorch.stlpips import LPIPS
+    return deep_loss(LPIPS(net=net, variant="shift_tolerant", verbose=False).to(memory_format=torch.channels_last))
+
+# %% ../nbs/20_rewards.ipynb #20-rewards-041
 def _cvvdp(display:str)->Scorer: # one image at a time: it pools a batch
     import pycvvdp
     model = pycvvdp.cvvdp(display_name=display, heatmap=None, quiet=True)
@@ -279,7 +302,7 @@ def _cvvdp(display:str)->Scorer: # one image at a time: it pools a batch
 
 CVVDP = Metric("cvvdp_standard_4k", "fr", True, functools.partial(_cvvdp, "standard_4k"), "package cvvdp")
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-040
+# %% ../nbs/20_rewards.ipynb #20-rewards-043
 def _pyiqa(id:str, kind:str, higher_better:bool, batch:int)->Scorer:
     import pyiqa
     from pyiqa.default_model_configs import DEFAULT_CONFIGS as table
@@ -304,7 +327,7 @@ def pyiqa_metric(
     return Metric(id, kind, higher_better, functools.partial(_pyiqa, id, kind, higher_better, batch),
                   f"package pyiqa, id {id} {needs}".rstrip())
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-041
+# %% ../nbs/20_rewards.ipynb #20-rewards-044
 PIQE = pyiqa_metric("piqe", "nr", False, needs="")
 GMSD = pyiqa_metric("gmsd", "fr", False, needs="")
 NLPD = pyiqa_metric("nlpd", "fr", False, needs="")
@@ -313,7 +336,7 @@ FSIM = pyiqa_metric("fsim", "fr", True, needs="")
 VSI = pyiqa_metric("vsi", "fr", True, needs="")
 VIF = pyiqa_metric("vif", "fr", True, needs="")
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-045
+# %% ../nbs/20_rewards.ipynb #20-rewards-048
 def orient(
     values,        # (...) raw scores
     metric:Metric,
@@ -335,7 +358,7 @@ class GroupMinMax:
         lo, hi = v.aminmax()
         return (v-lo)/(hi-lo) if hi > lo else torch.full_like(v, self.constant)
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-047
+# %% ../nbs/20_rewards.ipynb #20-rewards-050
 @dataclass(frozen=True)
 class GlobalBounds:
     "One pair of bounds a metric, frozen on a bank; scores outside it are not clipped"
@@ -369,7 +392,7 @@ def fit_bounds(
         return m.name, float(worst), float(best)
     return GlobalBounds(tuple(one(m) for m in metrics))
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-051
+# %% ../nbs/20_rewards.ipynb #20-rewards-054
 @dataclass(frozen=True)
 class Reward:
     "Which metrics vote: full-reference and no-reference, each kind with the same say"
@@ -400,14 +423,14 @@ def hybrid(
     halves = [torch.stack([scaled[m.name] for m in part]).mean(0) for part in (reward.fr, reward.nr) if part]
     return torch.stack(halves).mean(0)
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-059
+# %% ../nbs/20_rewards.ipynb #20-rewards-062
 DP2O = Reward("dp2o",
     fr=(pyiqa_metric("lpips-vgg", "fr", False), pyiqa_metric("topiq_fr", "fr", True), pyiqa_metric("afine_fr", "fr", False)),
     nr=(pyiqa_metric("maniqa-pipal", "nr", True), pyiqa_metric("musiq", "nr", True), pyiqa_metric("clipiqa+", "nr", True),
         pyiqa_metric("topiq_nr", "nr", True), pyiqa_metric("afine_nr", "nr", False), pyiqa_metric("qalign", "nr", True)))
 OFFLINE = Reward("offline", fr=(ST_LPIPS_ALEX, GMSD), nr=(PIQE,))
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-063
+# %% ../nbs/20_rewards.ipynb #20-rewards-066
 LADDER = ("gt", "jpeg50", "jpeg10", "noise10", "noise30", "blur1", "blur3", "bicubic4")
 _RUNGS = (("jpeg50", "jpeg10"), ("noise10", "noise30"), ("blur1", "blur3"), *(("gt", o) for o in LADDER[1:]))
 
@@ -447,7 +470,7 @@ def check_ladder(
     wrong = [f"{a} is not above {b}" for a, b in _RUNGS if not v[a] > v[b]]
     if wrong: raise ValueError(f"{metric.name} fails the ladder: {'; '.join(wrong)}; it must not vote")
 
-# %% ../nbs/20_rewards.ipynb #20-rewards-065
+# %% ../nbs/20_rewards.ipynb #20-rewards-068
 def pair_agreement(
     values:Sequence,  # (n,) what is judged, larger is better: orient it first
     human:Sequence,   # (n,) what people said, larger is better

@@ -463,7 +463,7 @@ def inputs_of(
     "What a run looks at, checked against the network and against what its base has seen"
     train, test = photo_sets(cfg.photos, cfg.held_out)
     if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-    degradation, stride = DEGRADATIONS[cfg.degradation], policy.codec.factor*2**(len(policy.net.config.channels)-1)
+    degradation, stride = DEGRADATIONS[cfg.degradation], policy.stride
     if cfg.size % stride or cfg.patch % stride:
         raise ValueError(f"size and patch must be multiples of the network's stride {stride}, got {cfg.size} and {cfg.patch}")
     check_unseen(EMBEDDED if cfg.backbone == "small" else cfg.backbone, test)
@@ -834,11 +834,12 @@ def spectra(
 RUNS = dict(sft=(SFTRun, train_sft), dp2o=(DPORun, train_dp2o), asasr=(ASASRRun, train_asasr))
 
 def from_config(
-    config:dict, # "run" and the fields of its dataclass; a loop is a dict of `Loop`'s fields
-):               # (function, its config)
+    config:dict,    # "run" and the fields of its dataclass; a loop is a dict of `Loop`'s fields
+    runs:dict=RUNS, # what "run" may name: a pair of dataclass and function each
+):                  # (function, its config)
     "The run that a JSON config describes"
     config = dict(config)
-    kind, function = choose("run", config.pop("run", ""), RUNS)
+    kind, function = choose("run", config.pop("run", ""), runs)
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(config)-known): raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if "out_dir" not in config: raise ValueError("give out_dir, the run's folder")
@@ -849,11 +850,11 @@ def from_config(
     return function, kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 # %% ../nbs/40_training.ipynb #40-training-071
-def main(argv:list[str]|None=None)->None:
+def main(argv:list[str]|None=None, runs:dict=RUNS)->None:
     "python -m srnb.training config.json"
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1: raise SystemExit("usage: python -m srnb.training config.json")
-    function, cfg = from_config(json.loads(Path(argv[0]).read_text()))
+    function, cfg = from_config(json.loads(Path(argv[0]).read_text()), runs)
     print(function(cfg))
 
 # %% ../nbs/40_training.ipynb #40-training-072
