@@ -1,0 +1,559 @@
+"The command and the function against bad input: damaged files, odd arguments, interruptions, every kind of image"
+import errno
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import chdir
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from srnb import upscale as U
+from srnb.core import bicubic, generator, quantize
+from srnb.nets import OneStepConfig, OneStepUNet
+from srnb.paths import Shift
+from srnb.policies import PixelCodec, Policy
+from srnb.upscale import DoesNotFit, main, solve_tiles, upscale
+
+FUZZ = dict(deadline=None, derandomize=True, database=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+class Quick:
+    "Bicubic plus a little noise"
+    codec, stride = PixelCodec(), 16
+    def solve(self, lq, noise, steps=None): return quantize(self.codec.upsample(lq)+.02*noise)
+
+
+def network(channels=(16, 16, 16)):
+    net, g = OneStepUNet(OneStepConfig(channels, (1, 1, 1), 8, 8)), generator(0)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.7*p[0].numel()**-.5 if p.ndim > 1 else .05))
+    return Policy(net.eval(), Shift(), Shift(), PixelCodec())
+
+
+quick = Quick()
+
+
+def picture(mode="RGB", size=(13, 9), seed=0): # smooth, so that JPEG keeps it
+    c, (w, h) = len(Image.new(mode, (1, 1)).getbands()), size
+    small = np.random.default_rng(seed).integers(0, 256, (3, 4, c), dtype=np.uint8)
+    bands = [Image.fromarray(small[..., i]).resize((w, h), Image.Resampling.BICUBIC) for i in range(c)]
+    return bands[0].convert(mode) if c == 1 else Image.merge(mode, bands)
+
+
+def encoded(im, kind, **kw):
+    im.save(b := io.BytesIO(), kind, **kw)
+    return b.getvalue()
+
+
+@pytest.fixture
+def loader(monkeypatch): # the stand-in is what every name loads
+    monkeypatch.setattr(U, "load_model", lambda model, dtype: quick)
+
+
+@pytest.fixture
+def box(tmp_path, monkeypatch, loader): # an empty working folder
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+# Kinds
+
+@pytest.mark.parametrize("shape", [(9, 13), (9, 13, 1), (9, 13, 3), (9, 13, 4)])
+@pytest.mark.parametrize("dtype", ["u1", "u2", ">u2", "f4", "f8"])
+def test_arrays(shape, dtype):
+    top = {"u1": 255, "f4": 1, "f8": 1}.get(dtype, 65535)
+    a = (np.random.default_rng(0).random(shape)*top).astype(dtype)
+    before, b = a.copy(), upscale(a, quick)
+    assert b.shape == (36, 52, *shape[2:]) and b.dtype == a.dtype and np.array_equal(a, before)
+    levels = b.astype("f8")*(255/top)
+    assert np.abs(levels-levels.round()).max() < 1e-4 and levels.max() > 150 # 8-bit values, of the right scale
+    want = upscale((a/top).astype("f4"), quick)
+    assert np.abs(levels-want*255).max() < 1.01
+    assert np.array_equal(b, upscale(np.asfortranarray(a), quick)) and np.array_equal(b[..., :], upscale(a[::-1][::-1], quick))
+
+
+def test_tensors():
+    x = torch.rand(2, 3, 9, 13, generator=generator(0))
+    b = upscale(x, quick)
+    assert b.shape == (2, 3, 36, 52) and b.dtype == torch.float32 and torch.equal(b, quantize(b))
+    assert torch.equal(b[1], upscale(x[1], quick)) and torch.equal(b, upscale(x.requires_grad_(), quick)) and not b.requires_grad
+
+
+@pytest.mark.parametrize("mode", U.PILLOW_MODES)
+def test_pillow_modes(mode):
+    if mode == "CMYK": return
+    im = Image.new(mode, (13, 9)) if mode.startswith("I;") or mode == "PA" else picture(mode)
+    out = upscale(im, quick)
+    assert out.mode == U.PILLOW_MODES[mode] and out.size == (52, 36)
+    if mode in ("L", "RGB", "LA", "RGBA"):
+        small = np.asarray(out.resize((13, 9), Image.Resampling.BOX)).astype(int)
+        assert np.abs(small-np.asarray(im)).mean() < 6
+
+
+def test_transparency():
+    im = picture("RGB"); im.info["transparency"] = im.getpixel((0, 0))
+    assert upscale(im, quick).mode == "RGBA"
+    im = picture("L"); im.info["transparency"] = 3
+    assert upscale(im, quick).mode == "LA"
+    im = picture("P"); im.info["transparency"] = 0
+    assert upscale(im, quick).mode == "RGBA"
+    a = np.full((9, 13, 4), 200, np.uint8); a[:, 6:] = 0 # invisible black beside 200
+    b = upscale(a, Plain())
+    assert b[:, :26, :3].min() > 195 and b[:, :20, 3].min() > 190 and b[:, 32:, 3].max() == 0
+
+
+class Plain(Quick):
+    def solve(self, lq, noise, steps=None): return self.codec.upsample(lq)
+
+
+def test_grey_stays_grey():
+    a = np.asarray(picture("L"))
+    b, c = upscale(a, Plain()), upscale(np.dstack([a]*3), Plain())
+    assert np.array_equal(b, c[..., 0])
+
+
+def test_sixteen_bits_are_used():
+    a = np.linspace(0, 65535, 16*16).reshape(16, 16).astype(np.uint16)
+    seen = []
+    class Look(Plain):
+        def solve(self, lq, noise, steps=None): seen.append(lq); return super().solve(lq, noise)
+    upscale(a, Look())
+    assert len(seen[-1][0, 0].unique()) == 256 and torch.allclose(seen[-1][0, 0]*65535, torch.tensor(a.astype("f4")), atol=.01)
+    im = upscale(Image.fromarray(a), quick)
+    assert im.mode == "I;16" and np.asarray(im).max() > 60000
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path, orientation):
+    from PIL import ImageOps
+    im, exif = picture(), Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "maker"
+    im.save(tmp_path/"a.png", exif=exif)
+    U.upscale_file(tmp_path/"a.png", tmp_path/"b.png", Plain())
+    with Image.open(tmp_path/"a.png") as im: want = upscale(ImageOps.exif_transpose(im), Plain())
+    with Image.open(tmp_path/"b.png") as out:
+        assert np.array_equal(np.asarray(out), np.asarray(want)) and not out.getexif()
+
+
+@pytest.mark.parametrize("end", U.SAVES)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_icc_profile_is_kept(tmp_path, end, mode):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(mode).save(tmp_path/"a.png", icc_profile=icc)
+    U.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
+    with Image.open(tmp_path/f"b{end}") as out:
+        assert out.size == (52, 36) and out.info.get("icc_profile") == (None if (end, mode) == (".webp", "L") else icc)
+    assert upscale(Image.open(tmp_path/"a.png"), quick).info["icc_profile"] == icc
+
+
+def cmyk_profile(): # a table of 16 colours: CMYK to Lab, written by hand
+    def s15(*v): return b"".join(struct.pack(">i", round(o*65536)) for o in v)
+    ramp = bytes(range(256))
+    grid = b""
+    for i in range(16):
+        c, m, y, k = (i >> 3 & 1, i >> 2 & 1, i >> 1 & 1, i & 1)
+        light = max(0, 100-30*(c+m+y)-100*k)
+        grid += bytes([round(light*2.55), 128-40*c+40*m, 128+40*y-40*c])
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp*4 + grid + ramp*3
+    text = b"text\0\0\0\0none\0"
+    desc = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78)
+    white = b"XYZ \0\0\0\0" + s15(.9642, 1, .8249)
+    tags, at, table, data = {b"desc": desc, b"cprt": text, b"wtpt": white, b"A2B0": lut}, 128+4+12*4, b"", b""
+    for k, v in tags.items():
+        v += bytes(-len(v) % 4)
+        table += k + struct.pack(">II", at, len(v)); data += v; at += len(v)
+    body = struct.pack(">I", 4) + table + data
+    head = struct.pack(">I4sI4s4s4s", 128+len(body), b"\0\0\0\0", 0x02400000, b"prtr", b"CMYK", b"Lab ") + bytes(12) + b"acsp" + bytes(28)
+    return head.ljust(68, b"\0") + s15(.9642, 1, .8249) + bytes(48) + body
+
+
+def test_cmyk(tmp_path):
+    im, icc = Image.new("CMYK", (13, 9), (0, 0, 0, 0)), cmyk_profile()
+    im.paste((0, 0, 0, 255), (0, 0, 6, 9))
+    im.save(tmp_path/"a.jpg", icc_profile=icc, quality=100)
+    said = []
+    U.upscale_file(tmp_path/"a.jpg", tmp_path/"b.png", Plain(), say=said.append)
+    with Image.open(tmp_path/"b.png") as out:
+        assert out.mode == "RGB" and "icc_profile" not in out.info and "CMYK" in said[0]
+        assert max(out.getpixel((2, 20))) < 40 and min(out.getpixel((50, 20))) > 215
+    for bad in ({}, dict(icc_profile=b"damaged")):
+        im.save(tmp_path/"c.tif", **bad)
+        with pytest.raises(ValueError, match="CMYK with"): U.upscale_file(tmp_path/"c.tif", tmp_path/"d.png", quick)
+    assert not (tmp_path/"d.png").exists()
+
+
+def png16(colour, channels, w=5, h=4):
+    def chunk(t, d): return struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t+d))
+    rows = b"".join(b"\0"+np.arange(w*channels, dtype=">u2").tobytes() for _ in range(h))
+    head = struct.pack(">IIBBBBB", w, h, 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff16(w=5, h=4):
+    data = np.arange(w*h*3, dtype="<u2").tobytes()
+    tags = [(256, 3, 1, w), (257, 3, 1, h), (258, 3, 3, 140-6), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140),
+            (277, 3, 1, 3), (278, 3, 1, h), (279, 4, 1, len(data)), (284, 3, 1, 1)]
+    ifd = b"".join(struct.pack("<HHI", t, k, n) + struct.pack("<I", v) for t, k, n, v in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + ifd + bytes(4) + struct.pack("<HHH", 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("data", [png16(2, 3), png16(4, 2), png16(6, 4), tiff16()])
+def test_sixteen_bits_of_colour_are_refused(tmp_path, data):
+    with Image.open(io.BytesIO(data)) as im, pytest.raises(ValueError, match="16 bits a channel"): upscale(im, quick)
+    (tmp_path/"a.x").write_bytes(data)
+    with pytest.raises(ValueError, match="16 bits a channel"): U.open_image(tmp_path/"a.x")
+
+
+def test_sixteen_bits_of_grey_pass_through_files(tmp_path):
+    (tmp_path/"a.png").write_bytes(png16(0, 1))
+    for end in (".png", ".tif"):
+        U.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
+        with Image.open(tmp_path/f"b{end}") as im: assert im.mode == "I;16"
+    with pytest.raises(ValueError, match="no 16-bit grey"): U.upscale_file(tmp_path/"a.png", tmp_path/"b.webp", quick)
+
+
+def test_several_pictures(tmp_path):
+    frames = [picture(seed=i) for i in range(3)]
+    for end in ("gif", "png", "tif", "webp"):
+        frames[0].save(tmp_path/f"a.{end}", save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match="holds 3 pictures"): U.open_image(tmp_path/f"a.{end}")
+    frames[0].save(tmp_path/"phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    said = []
+    U.upscale_file(tmp_path/"phone.jpg", tmp_path/"b.png", quick, say=said.append)
+    assert said == ["note: the first of several pictures"]
+    frames[0].save(tmp_path/"one.gif")
+    U.upscale_file(tmp_path/"one.gif", tmp_path/"c.png", quick)
+
+
+def test_bombs(tmp_path, monkeypatch):
+    picture().save(tmp_path/"a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match="too large"): U.open_image(tmp_path/"a.png")
+
+
+def test_bad_calls():
+    for image, kind, text in ((np.zeros((8, 8), bool), TypeError, "must be uint8"), (np.zeros((0, 8)), ValueError, "must have shape"),
+                              (np.full((8, 8), np.nan), ValueError, "NaN"), (np.full((8, 8, 4), [0, 0, 0, 2.]), ValueError, "alpha"),
+                              (torch.zeros(8, 8), ValueError, "must have shape"), ([1], TypeError, "got list"),
+                              (torch.zeros(3, 8, 8).byte(), TypeError, "float32"), (Image.new("LAB", (8, 8)), ValueError, "colour mode LAB")):
+        with pytest.raises(kind, match=text): upscale(image, quick)
+    for bad in (dict(tile=20), dict(overlap=-1), dict(tile=0, overlap=0), dict(seed=-1), dict(color_fix="x")):
+        with pytest.raises(ValueError): upscale(np.zeros((8, 8)), quick, **bad)
+    with pytest.raises(ValueError, match="dtype must be one of"): upscale(np.zeros((8, 8)), dtype=torch.float16)
+
+
+# Tiles
+
+def db(a, b): return -10*torch.log10((a.float()-b.float()).div(255).square().mean()+1e-20).item()
+
+
+def test_tiles_equal_the_whole():
+    p, lq = network(), torch.rand(1, 3, 30, 40, generator=generator(0))
+    lq = bicubic(lq, (121, 150))
+    whole = solve_tiles(p, lq, 3, 1000)
+    noise = U.noise_window(3, 0, 0, 4*124, 4*152)
+    assert torch.equal(whole, p.solve(U.mirror(lq, 4), noise).mul(255).round().byte()[..., :484, :600])
+    for tile in (64, 76, 100):
+        seen = []
+        part = solve_tiles(p, lq, 3, tile, tick=lambda a, b, seen=seen: seen.append((a, b)))
+        assert db(part, whole) > 55 and (part.int()-whole.int()).abs().max() <= 4, tile
+        assert len(seen) > 1 and seen == [(i+1, len(seen)) for i in range(len(seen))]
+    assert db(solve_tiles(p, lq, 4, 64), whole) < 45 # another seed is another image
+    assert torch.equal(solve_tiles(p, lq, 3, 64), solve_tiles(p, lq, 3, 64))
+
+
+def test_every_pixel_of_a_pointwise_policy_is_exact(): # any error of cuts, ramps, bands or noise shows
+    class Point(Quick):
+        def solve(self, lq, noise, steps=None):
+            return quantize(torch.nn.functional.interpolate(lq, scale_factor=4, mode="nearest")*.5 + .1*noise + .2)
+    for size in ((1, 1), (8, 8), (65, 64), (130, 67), (200, 331)):
+        lq = torch.rand(1, 3, *size, generator=generator(1))
+        assert (solve_tiles(Point(), lq, 0, 64).int()-solve_tiles(Point(), lq, 0, 1000).int()).abs().max() <= (size[0] > 64)*0
+        assert torch.equal(solve_tiles(Point(), lq, 0, 64, 0), solve_tiles(Point(), lq, 0, 1000))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (2, 2), (7, 5), (8, 8), (9, 8), (15, 33)])
+def test_small_and_odd_sizes(size):
+    out = upscale(torch.rand(3, *size, generator=generator(0)), network())
+    assert out.shape == (3, 4*size[0], 4*size[1]) and out.isfinite().all()
+
+
+def test_color_fixes():
+    x = bicubic(torch.rand(1, 3, 3, 4, generator=generator(0)), (24, 32))[0]
+    class Tint(Plain):
+        def solve(self, lq, noise, steps=None): return (self.codec.upsample(lq)*.8).clamp(0, 1)
+    y, raw = quick.codec.upsample(x[None])[0], upscale(x, Tint())
+    for fix in ("adain", "wavelet", lambda sr, y: y):
+        assert (upscale(x, Tint(), color_fix=fix)-y).abs().mean() < .3*(raw-y).abs().mean()
+    assert torch.equal(upscale(x, Tint(), color_fix="none"), raw)
+
+
+def test_the_plan_says_what_is_needed(monkeypatch):
+    said, lq = [], torch.rand(3, 100, 70)
+    upscale(lq, quick, say=said.append)
+    assert not said
+    upscale(lq, quick, tile=64, say=said.append)
+    assert said[0].startswith("70x100 -> 280x400 pixels: 6 tiles of 64, about 0.0") and "left" in said[1]
+    need = [U.plan_tiles(quick, (1000, 1000), t).bytes for t in (256, 128, 64)]
+    assert need == sorted(need, reverse=True)
+    for n, tile in zip(need, (256, 128, 64), strict=True):
+        monkeypatch.setattr(U, "free_memory", lambda n=n: int(n/.9)+10)
+        assert U.plan_tiles(quick, (1000, 1000)).tile == tile
+    monkeypatch.setattr(U, "free_memory", lambda: need[-1])
+    with pytest.raises(DoesNotFit, match="1000x1000 pixels need"): U.plan_tiles(quick, (1000, 1000))
+    with pytest.raises(DoesNotFit, match="take smaller tiles"): U.plan_tiles(quick, (1000, 1000), 256)
+
+
+def test_memory_is_about_what_is_said():
+    if not os.access("/proc/self/clear_refs", os.W_OK): return
+    code = """
+import torch; torch.set_num_threads(1)
+from test_upscale import network, U
+p, x = network((32, 32, 32)), torch.rand(3, 400, 400)
+def read(k): return next(int(o.split()[1])*1024 for o in open('/proc/self/status') if o.startswith(k))
+U.upscale(x[:, :80, :80], p, tile=64, say=id)
+before = read('VmRSS'); open('/proc/self/clear_refs', 'w').write('5')
+U.upscale(x, p, tile=256, say=id)
+plan = U.plan_tiles(p, (400, 400), 256, answer=30)
+print((read('VmHWM')-before)/plan.bytes)
+"""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]))
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert .4 < float(run.stdout) < 1.1
+
+
+# The command
+
+def test_files_folders_patterns(box, capsys):
+    (box/"in/deep").mkdir(parents=True)
+    for n in ("in/a.png", "in/deep/b.jpg", "in/deep/c[1].webp"): picture().save(n)
+    (box/"in/.hidden.png").write_bytes(b"x"); (box/"in/notes.txt").write_text("x")
+    assert main(["upscale", "in", "-o", "out"]) == 0
+    assert sorted(files("out")) == ["a.png", "deep/b.png", "deep/c[1].png"]
+    said = capsys.readouterr()
+    assert said.out == "" and "3/3" in said.err and "s left" in said.err
+    assert main(["upscale", "in/**/*.jpg", "in/a.p?g", "-o", "two/x/"]) == 0
+    assert sorted(files("two")) == ["x/a.png", "x/deep/b.png"]
+    assert main(["upscale", "in/deep/c[1].webp", "-o", "three"]) == 0 and list(files("three")) == ["c[1].png"]
+    assert main(["upscale", "in/a.png", "./in/a.png", "-o", "four"]) == 0
+    assert main(["upscale", "in/a.png", "-o", "in/up.JPG", "--color-fix", "wavelet", "--seed", "3"]) == 0
+    with Image.open("in/up.JPG") as im: assert im.format == "JPEG" and im.size == (52, 36)
+    assert main(["upscale", "in", "-o", "in/out"]) == 0 and main(["upscale", "in", "-o", "in/out", "--force"]) == 0
+    assert not (box/"in/out/out").exists() # results are no inputs
+
+
+def test_refused_before_work(box, capsys, monkeypatch):
+    monkeypatch.setattr(U, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    (box/"in").mkdir()
+    for n in ("in/a.png", "in/a.jpg", "b.png"): picture().save(n)
+    before = files(box)
+    for argv, text in ((["in", "-o", "out"], "both be written"), (["in/a.png", "in/a.jpg", "-o", "out"], "both be written"),
+                       (["b.png", "-o", "b.png", "--force"], "is an input"), (["b.png", "-o", ".", "--force"], "is an input"),
+                       (["in", "-o", "b.png"], "is a file"), (["in", "-o", "new.png"], "looks like a file"),
+                       (["b.png", "-o", "b.gif"], "cannot write .gif"), (["b.png", "-o", "b.png/c/d"], "cannot write in"),
+                       (["", "-o", "out"], "is empty"), (["b.png", "-o", ""], "is empty"), (["b.png", "-o", "a\0"], "null"),
+                       (["b.png", "-o", "out", "--tile", "63"], "at least 64"), (["b.png", "-o", "out", "--seed", "-1"], "seed"),
+                       (["b.png", "-o", "out", "--seed", str(2**63)], "seed"), (["b.png"], "required"), ([], "required"),
+                       (["b.png", "-o", "out", "--tile", "x"], "invalid int"), (["b.png", "-o", "out", "--col", "none"], "unrecognized")):
+        assert main(["upscale", *argv]) == 2, argv
+        assert text in capsys.readouterr().err, argv
+    for argv in ([], ["paint"], ["--tile"]): assert main(argv) == 2
+    for argv in (["--version"], ["upscale", "-h"], ["-h"]): assert main(argv) == 0
+    capsys.readouterr()
+    for argv, text in ((["none.png", "-o", "out"], "none.png: no such file"), (["*.gif", "-o", "out"], "no such file"),
+                       (["b\0", "-o", "out"], "no such file"), (["x"*5000, "-o", "out"], "no such file")):
+        assert main(["upscale", *argv]) == 1 and text in capsys.readouterr().err
+    assert files(box) == before and not (box/"out").exists()
+
+
+def test_unknown_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture().save("a.png"); Path("empty").mkdir(); Path("bad").mkdir(); Path("bad/config.json").write_text("[")
+    Path("bad/model.safetensors").write_text("[")
+    for name in ("nothing", "empty", "a.png", "", "bad", "\0"):
+        assert main(["upscale", "a.png", "-o", "out", "--model", name]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("srnb: --model") and said.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_never_overwrites(box, capsys):
+    picture().save("a.png"); picture(seed=1).save("b.png"); Path("out").mkdir(); Path("out/a.png").write_bytes(b"mine")
+    assert main(["upscale", "a.png", "b.png", "-o", "out"]) == 1
+    said = capsys.readouterr().err
+    assert "a.png exists already; --force" in said and files("out")["a.png"] == b"mine" and "b.png" in files("out")
+    Path("out/b.png").unlink(); Path("out/b.png").mkdir()
+    assert main(["upscale", "a.png", "b.png", "-o", "out", "--force"]) == 1 # a folder is in the way of one
+    assert files("out")["a.png"] != b"mine" and list(files("out")) == ["a.png"]
+
+
+def test_a_file_that_appears_meanwhile(box, monkeypatch, capsys):
+    picture().save("a.png")
+    class Late(Quick):
+        def solve(self, *a): Path("out.png").write_bytes(b"mine"); return super().solve(*a)
+    monkeypatch.setattr(U, "load_model", lambda *a: Late())
+    assert main(["upscale", "a.png", "-o", "out.png"]) == 1
+    assert files(box)["out.png"] == b"mine" and "exists" in capsys.readouterr().err and len(files(box)) == 2
+
+
+@pytest.mark.parametrize("error, code", [(RuntimeError("no\nmemory"), 1), (KeyboardInterrupt(), 130), (MemoryError(), 1), (OSError("x"), 1)])
+@pytest.mark.parametrize("where", ["solve", "save"])
+def test_nothing_is_left_by_a_failure(box, monkeypatch, capsys, error, code, where):
+    for i in range(3): picture(seed=i).save(f"{i}.png")
+    calls, real = [], Image.Image.save
+    def third(*a):
+        calls.append(a)
+        if len(calls) == 3: raise error
+    class Dies(Quick):
+        def solve(self, *a):
+            if where == "solve" and a[0].shape[-1] != 32 and a[0].shape[-1] != 64: third()
+            return super().solve(*a)
+    def save(self, path, *a, **k):
+        if where == "save": Path(path).write_bytes(b"half"); third()
+        return real(self, path, *a, **k)
+    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(U, "load_model", lambda *a: Dies())
+    assert main(["upscale", "0.png", "1.png", "2.png", "-o", "out"]) == code
+    assert sorted(files("out")) == ["0.png", "1.png"]
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and ("2.png: " in said.splitlines()[-1] if code == 1 else "interrupted" in said)
+
+
+def test_disk_full(box, monkeypatch, capsys):
+    picture().save("a.png")
+    def full(self, path, *a, **k): Path(path).write_bytes(b"half"); raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(["upscale", "a.png", "-o", "out"]) == 1
+    assert f"cannot write {Path('out/a.png')}: No space left on device" in capsys.readouterr().err and not files("out")
+
+
+def test_unwritable_folder(box, monkeypatch, capsys):
+    picture().save("a.png"); Path("out").mkdir()
+    monkeypatch.setattr(os, "access", lambda p, mode: False) # a test may run as root, whom no mode stops
+    assert main(["upscale", "a.png", "-o", "out/new"]) == 2 and "cannot write in out" in capsys.readouterr().err
+
+
+def test_odd_names_stay_one_line(box, capsys):
+    name = "a\n\x1b[31m\udcff.png"
+    picture().save(name)
+    assert main(["upscale", name, "-o", "out"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\x1b" not in said and r"a\n\x1b[31m\udcff.png" in said
+
+
+def test_no_one_listens(box, monkeypatch):
+    class Broken(io.StringIO):
+        def write(self, text): raise BrokenPipeError
+    picture().save("a.png")
+    monkeypatch.setattr(sys, "stderr", Broken())
+    assert main(["upscale", "a.png", "-o", "out"]) == 0
+
+
+def test_works_without_pyiqa(tmp_path, tiny, clean_env, root):
+    picture().save(tmp_path/"a.png")
+    code = ("import sys\nclass Block:\n  def find_spec(self, name, *a):\n"
+            "    if name.split('.')[0] in ('pyiqa', 'lpips', 'stlpips_pytorch', 'pycvvdp', 'cvvdp', 'matplotlib'): raise ImportError(name)\n"
+            "sys.meta_path.insert(0, Block())\nfrom srnb.upscale import main\nsys.exit(main())")
+    argv = ["upscale", tmp_path/"a.png", "-o", tmp_path/"out", "--model", tiny]
+    run = subprocess.run([sys.executable, "-c", code, *argv], env=clean_env, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert list(files(tmp_path/"out")) == ["a.png"] and run.stdout == "" and run.stderr.startswith("1/1")
+
+
+# Fuzz
+
+KINDS = [encoded(picture(m), k, **kw) for m, k, kw in (
+    ("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("L", "PNG", {}), ("P", "PNG", {}), ("1", "PNG", {}), ("RGB", "JPEG", {}), ("L", "JPEG", {}),
+    ("CMYK", "JPEG", {}), ("CMYK", "JPEG", dict(icc_profile=cmyk_profile())), ("RGB", "WEBP", {}), ("RGBA", "WEBP", dict(lossless=True)),
+    ("RGB", "TIFF", {}), ("L", "TIFF", dict(compression="tiff_lzw")), ("RGB", "TIFF", dict(compression="jpeg")), ("P", "GIF", {}),
+    ("RGB", "GIF", dict(save_all=True, append_images=[picture()])), ("RGB", "BMP", {}), ("RGB", "MPO", {}), ("RGB", "PPM", {}))]
+KINDS += [png16(0, 1), png16(2, 3), tiff16()]
+with_exif = Image.Exif(); with_exif[0x0112] = 6
+KINDS += [encoded(picture(), k, exif=with_exif) for k in ("JPEG", "PNG", "WEBP")]
+
+
+@st.composite
+def damaged(draw): # a sound file of some kind, then cut, changed, or with a part twice
+    data = bytearray(draw(st.sampled_from(KINDS)))
+    for how in draw(st.lists(st.sampled_from(("cut", "byte", "byte", "byte", "twice", "word")), max_size=4)):
+        at = draw(st.integers(0, max(len(data)-1, 0)))
+        if how == "cut": del data[at:]
+        elif how == "byte" and data: data[at] = draw(st.integers(0, 255))
+        elif how == "twice": data[at:at] = data[at:at+40]
+        elif how == "word": data[at:at+4] = draw(st.sampled_from((b"\xff"*4, b"\0"*4, b"\x7f\xff\xff\xff", b"\0\0\xff\xff")))
+    return bytes(data)
+
+
+def guarded(folder, argv, inputs, capsys): # what holds whatever was given
+    before = {p: p.read_bytes() for p in inputs} # --force may replace a file that is no input of this run
+    code = main(argv)
+    said = capsys.readouterr()
+    assert code in (0, 1, 2) and "Traceback" not in said.err+said.out
+    assert not [p for p in Path(folder).rglob("*") if p.name.startswith(".part-")]
+    assert "--force" in argv or all(p.read_bytes() == b for p, b in before.items())
+    for p in Path(folder).rglob("*"):
+        if p.suffix in U.SAVES and p not in before and p.is_file():
+            with Image.open(p) as im: im.load()
+    return code, said.err
+
+
+WHY = "damaged image|not an image of a kind|holds \\d+ pictures|colour mode|16 bits a channel|16-bit grey|CMYK with|too large|pixels need"
+
+
+@settings(max_examples=600, **FUZZ)
+@given(data=st.one_of(damaged(), st.binary(max_size=200)))
+def test_fuzz_of_image_bytes(data, loader, capsys, monkeypatch):
+    monkeypatch.setattr(U, "free_memory", lambda: 10**8) # so that a header that lies about its size costs nothing
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder)/"a.img", Path(folder)/"out.png"
+        source.write_bytes(data)
+        code, said = guarded(folder, ["upscale", str(source), "-o", str(target)], [source], capsys)
+        assert (code == 0) == target.exists() and (code == 0 or re.search(WHY, said)), said
+
+
+@settings(max_examples=100, **FUZZ)
+@given(mode=st.sampled_from(sorted(U.PILLOW_MODES)+["HSV", "YCbCr", "LAB", "I", "F"]), w=st.integers(1, 70), h=st.integers(1, 70),
+       end=st.sampled_from([".png", ".tif", ".webp", ".jpg", ".gif", ".bmp"]), out=st.sampled_from([*U.SAVES, "", ".gif"]),
+       tile=st.sampled_from([None, 64, 66]))
+def test_fuzz_of_modes_and_sizes(mode, w, h, end, out, tile, loader, capsys):
+    with TemporaryDirectory() as folder:
+        source = Path(folder)/f"in{end}"
+        try: Image.new(mode, (w, h)).save(source)
+        except (OSError, ValueError, KeyError): return # Pillow writes no such file
+        argv = ["upscale", str(source), "-o", f"{folder}/out{out}", *(["--tile", str(tile)] if tile else [])]
+        if guarded(folder, argv, [source], capsys)[0] == 0:
+            with Image.open(next(p for p in Path(folder).rglob("*") if p.is_file() and p != source)) as im: assert im.size == (4*w, 4*h)
+
+
+WORDS = ["upscale", "-o", "--out", "--out=o", "--model", "--model=x", "--tile", "--tile=64", "--tile=-1", "--seed", "--seed=7", "--color-fix",
+         "--color-fix=adain", "--dtype", "auto", "none", "bfloat16", "--force", "--", "-", "-h", "--version", "a.png", "b.jpg", "bad.png", "in",
+         "in/c.png", "*.png", "in/*", "**", "[", "out", "out.png", "out.webp", "out/", "0", "64", "1e9", "9"*30, "", " ", ".", "a.png/x", "@a.png"]
+TEXT = st.text(st.characters(exclude_characters="/.~", exclude_categories=["Cs"]), max_size=8) # stays in the folder
+
+
+@settings(max_examples=300, **FUZZ)
+@given(argv=st.one_of(st.lists(st.one_of(st.sampled_from(WORDS), TEXT), max_size=8),
+                      st.builds(lambda ins, out, more: ["upscale", *ins, "-o", out, *more], st.lists(st.sampled_from(WORDS[22:]), min_size=1, max_size=3),
+                                st.sampled_from(WORDS[22:]), st.lists(st.sampled_from(WORDS), max_size=3))))
+def test_fuzz_of_arguments(argv, loader, capsys):
+    with TemporaryDirectory() as folder, chdir(folder):
+        Path("in").mkdir()
+        sources = [Path(folder)/n for n in ("a.png", "b.jpg", "in/c.png")]
+        for p in sources: picture().save(p)
+        (bad := Path(folder)/"bad.png").write_bytes(b"\x89PNG")
+        guarded(folder, argv, [*sources, bad], capsys)
