@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from .consistency import consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap, trajectory_gap
 from .core import bicubic, check_images, generator, open_run, progress, run_done, seed_of, write_json, write_table
-from .curation import make_bank, read_group, score_bank
+from .curation import fingerprint, make_bank, read_group, score_bank
 from .data import PatchPool, make_pair
 from .nets import OneStepConfig, OneStepUNet
 from .paths import Shift
 from .policies import PixelCodec, Policy, from_pretrained, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
-from .training import DEGRADATIONS, DTYPES, METRICS, Loop, check_folders, check_unseen, choose, fit, main, photo_sets, put, record_of
+from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, put, record_of
 from .training import RUNS as PREFERENCE_RUNS
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-007
@@ -40,13 +41,14 @@ def onestep_batch(
     patch:int,      # pixels
     window:int,     # side of what LPIPS sees, pixels
     intervals:int,  # T
-    seed:int,       # names the batch
+    seed:int,       # names the step
+    rank:int=0,     # of the process: its own patches and noise, but the pair of nodes of all
 )->tuple[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int, int]]: # z, eps, fresh eps (n,3,p,p), lq, i, (top, left, side)
     "What one step of consistency training draws"
-    g = generator(seed)
+    i, g = int(torch.randint(intervals, (1,), generator=generator(seed_of(seed, "nodes")))), generator(seed_of(seed, rank))
     lq, gt = pool.batch(n, patch, g)
     eps, fresh = torch.randn((2, *gt.shape), generator=g)
-    i, top, left = (int(torch.randint(m, (1,), generator=g)) for m in (intervals, patch-window+1, patch-window+1))
+    top, left = (int(torch.randint(patch-window+1, (1,), generator=g)) for _ in range(2))
     return *(o.to(policy.device) for o in (policy.codec.encode(gt, lq), eps, fresh, lq)), i, (top, left, window)
 
 def bound(policy:Policy, lq:Tensor)->tuple: # the path given the enlarged input, and (x, sigma) -> clean image
@@ -74,7 +76,7 @@ def onestep_loss(
     rank = int(os.environ.get("RANK", 0))
     def loss(model, step, part):
         policy.net, T = model, intervals(step)
-        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, n, patch, window, T, seed_of(seed, stage, step, part, rank))
+        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, n, patch, window, T, seed_of(seed, stage, step, part), rank)
         path, predict = bound(policy, lq)
         def seen(a, b): # in the network's precision: LPIPS costs more than the small network
             with policy.autocast(): return lpips(a, b).float()
@@ -83,9 +85,8 @@ def onestep_loss(
         if gap is None: return value, logs
         sigma = node_pair(path, T, 0)[0].to(z.device).expand(n)
         g = gap(bound(teacher(step), lq)[1], path, z_hat.detach(), z, fresh, sigma)
-        t, l, s = place
-        def half_lpips(a, b): return seen(*((o[..., t:t+s, l:l+s]+1)/2 for o in (a, b)))/2
-        match = matching_loss(z_hat, z, g, half_lpips, weight_inside)
+        lpips_alone = perceptual_distance(seen, place, 1.)
+        match = matching_loss(z_hat, z, g, lambda a, b: lpips_alone(a, b)/2, weight_inside)
         return value + match_weight*match, dict(logs, match=match.mean().item(), gap=g.abs().mean().item())
     return loss
 
@@ -150,8 +151,8 @@ class CTMSRRun:
         if not 16 <= self.window <= self.patch: raise ValueError(f"window must lie in [16, patch = {self.patch}], got {self.window}")
         for what in ("refresh", "eval_m", "batch", "versions"):
             if getattr(self, what) < 1: raise ValueError(f"{what} must be at least 1, got {getattr(self, what)}")
-        stride = 4*2**(len(self.channels)-1)
-        if self.patch % stride or self.size % stride: raise ValueError(f"patch and size must be multiples of {stride}, got {self.patch} and {self.size}")
+        if self.init and (self.channels, self.blocks, self.tail) != ((64, 128, 128), (4, 2, 2), 32): raise ValueError("init brings its own channels, blocks and tail: leave them out")
+        if len(self.channels) != len(self.blocks): raise ValueError(f"one number of blocks per level: channels {self.channels}, blocks {self.blocks}")
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-014
 def _start(cfg:CTMSRRun)->Policy: # the network that stage 1 trains
@@ -163,6 +164,12 @@ def _start(cfg:CTMSRRun)->Policy: # the network that stage 1 trains
         torch.manual_seed(cfg.seed)
         net = OneStepUNet(OneStepConfig(tuple(cfg.channels), tuple(cfg.blocks), tail=cfg.tail)).to(memory_format=torch.channels_last)
     return Policy(net, Shift(), Shift(), PixelCodec(), DTYPES[cfg.precision])
+
+def _weights(init:str)->Path: return Path(init) if Path(init).is_dir() else ONESTEP
+
+def _seen(init:str|None)->set: # hashes of the photographs that the starting network has seen
+    file = _weights(init)/"photos.json" if init else None
+    return set(json.loads(file.read_text())) if file and file.exists() else set()
 
 def _teacher(policy:Policy, folder:Path, refresh:int)->Callable: # step -> Policy with the weights of the last multiple of `refresh`
     frozen, start, held = deepcopy(policy), {n: p.detach().clone() for n, p in policy.net.named_parameters()}, [0]
@@ -177,9 +184,9 @@ def _teacher(policy:Policy, folder:Path, refresh:int)->Callable: # step -> Polic
 
 STAGE2 = ("match", "match_weight", "weight_inside", "refresh", "match_loop", "size", "eval_m", "judges", "held_out") # what stage 1 does not know
 
-def _stage1(cfg:CTMSRRun, out:Path)->Path: # where stage 1 is kept
+def _stage1(cfg:CTMSRRun, out:Path, record:dict)->Path: # where stage 1 is kept
     if not cfg.banks: return out/"stage1"
-    known = {k: v for k, v in record_of(cfg).items() if k not in STAGE2}
+    known = {k: v for k, v in record.items() if k not in STAGE2}
     return open_run(Path(cfg.banks)/f"stage1-{seed_of(json.dumps(known, sort_keys=True)):016x}", known)
 
 def train_ctmsr(
@@ -188,21 +195,26 @@ def train_ctmsr(
     "Consistency training, matching, evaluation; resumes, and says so if it is already done"
     from accelerate import PartialState
     state, out = PartialState(), Path(cfg.out_dir)
-    if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
-    if run_done(out):
-        print(f"{os.path.relpath(out)} is done"); return out
     judges = [METRICS[n] for n in cfg.judges]
     check_available(judges, (cfg.size, cfg.size))
     train, test = photo_sets(cfg.photos, cfg.held_out)
     if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-    if cfg.init: check_unseen(cfg.init if Path(cfg.init).is_dir() else ONESTEP, test)
+    if cfg.init: check_unseen(_weights(cfg.init), test)
+    policy, seen = _start(cfg), sorted({p.sha256 for p in train} | _seen(cfg.init))
+    if cfg.patch % policy.stride or cfg.size % policy.stride:
+        raise ValueError(f"patch and size must be multiples of {policy.stride}, got {cfg.patch} and {cfg.size}")
+    record = record_of(cfg) | dict(start=fingerprint(policy), trained_on=f"{seed_of(*seen):016x}") # what the names stand for
+    if (out/"config.json").exists(): open_run(out, record) # another config's folder is refused before any work
+    if run_done(out):
+        print(f"{os.path.relpath(out)} is done"); return out
     probes = [(p.id, *make_pair(p, cfg.size, DEGRADATIONS[cfg.degradation])) for p in test]
-    policy, lpips = _start(cfg), st_lpips_loss()
     pool = PatchPool(train, DEGRADATIONS[cfg.degradation], versions=cfg.versions, max_side=cfg.max_side, held_out=test)
-    out, args = open_run(out, record_of(cfg)), dict(n=cfg.batch, patch=cfg.patch, window=cfg.window, seed=cfg.seed, lpips=lpips, lpips_weight=cfg.lpips_weight)
+    args = dict(n=cfg.batch, patch=cfg.patch, window=cfg.window, seed=cfg.seed, lpips=st_lpips_loss(), lpips_weight=cfg.lpips_weight)
+    with state.main_process_first(): out, home = open_run(out, record), _stage1(cfg, out, record)
     loss = onestep_loss(pool, policy, **args, intervals=lambda k: intervals_at(k, cfg.loop.steps, cfg.first, cfg.last))
     net = policy.net.to(state.device)
-    weights, log = fit(net, loss, cfg.loop, _stage1(cfg, out))
+    with alone(home) if cfg.banks and state.num_processes == 1 else nullcontext(): # another run that shares it waits
+        weights, log = fit(net, loss, cfg.loop, home)
     put(net, weights); policy.net = net
     second = replace(cfg.match_loop, keep_every=cfg.refresh)
     teacher = _teacher(policy, out/"stage2", cfg.refresh) if cfg.match != "none" else None
@@ -213,15 +225,11 @@ def train_ctmsr(
     with state.main_process_first(): # one process judges, the others find the work done
         if run_done(out): return out
         write_table(out/"log.parquet", pd.concat([log.assign(stage=1), more.assign(stage=2)], ignore_index=True))
-        write_json(out/"policy"/"photos.json", sorted({p.sha256 for p in train} | _seen(cfg.init)))
+        write_json(out/"policy"/"photos.json", seen)
         save_pretrained(policy, out/"policy")
         make_bank(out/"held_out", policy, probes, cfg.eval_m, 1, note=dict(degradation=cfg.degradation, size=cfg.size))
         write_table(out/"metrics.parquet", judge_bank(out/"held_out", [i for i, _, _ in probes], judges))
     return out
-
-def _seen(init:str|None)->set: # hashes of the photographs that the starting network has seen
-    file = (Path(init) if init and Path(init).is_dir() else ONESTEP)/"photos.json"
-    return set(json.loads(file.read_text())) if init and file.exists() else set()
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-022
 def compare_upscalers(
@@ -231,28 +239,26 @@ def compare_upscalers(
     degradation:str,              # a key of DEGRADATIONS
     metrics:Sequence[Metric],
     size:int=0,                   # pixels of a central crop; 0: whole
-    note:dict|None=None,          # what else decides the result: weights of the models
+    weights:dict[str, str]|None=None, # name -> what tells its weights from others of that name
 )->pd.DataFrame:                  # image, seed, metric, variant (model), value; `cpu_s_per_mp` is process time
     "Every model on every photograph"
     check_available(metrics, (256, 256))
-    names = [m.name for m in metrics]
-    out = open_run(out_dir, dict(models=list(models), photos=[p.id for p in photos], degradation=degradation, metrics=names, size=size, **(note or {})))
+    threads, weights = torch.get_num_threads(), weights or {}
+    out = open_run(out_dir, dict(photos=[p.id for p in photos], degradation=degradation, metrics=[m.name for m in metrics], size=size, threads=threads))
     tables = []
     for p in progress(photos, "photographs"):
-        file = out/"photos"/f"{p.id}.parquet"
-        if not file.exists():
-            lq, gt = make_pair(p, size or [s//16*16 for s in p.read().shape[1:]], DEGRADATIONS[degradation])
-            rows = []
-            for name, model in models.items():
+        lq, gt = make_pair(p, size or [s//16*16 for s in p.read().shape[1:]], DEGRADATIONS[degradation])
+        for name, model in models.items():
+            file = out/"photos"/f"{p.id}-{seed_of(name, weights.get(name)):016x}.parquet"
+            if not file.exists():
                 start = time.process_time()
-                with torch.no_grad(): sr = model(lq[None])
+                with torch.no_grad(): sr = check_images(model(lq[None]), name)
                 seconds = time.process_time()-start
-                values = {n: v.item() for n, v in score_group(metrics, check_images(sr, name), gt).items()}
-                values["cpu_s_per_mp"] = seconds/(gt[0].numel()/1e6)
-                rows += [dict(image=p.id, seed=0, metric=n, variant=name, value=v) for n, v in values.items()]
-            write_table(file, pd.DataFrame(rows))
-        tables.append(pd.read_parquet(file))
+                values = {n: v.item() for n, v in score_group(metrics, sr, gt).items()} | {"cpu_s_per_mp": seconds/(gt[0].numel()/1e6)}
+                write_table(file, pd.DataFrame([dict(image=p.id, seed=0, metric=n, variant=name, value=v) for n, v in values.items()]))
+            tables.append(pd.read_parquet(file))
     table = pd.concat(tables, ignore_index=True)
+    write_json(out/"models.json", {n: weights.get(n) for n in models})
     write_table(out/"metrics.parquet", table)
     return table
 
