@@ -163,11 +163,13 @@ def to_pil(
 
 def _replace(path:Path, write)->None: # write(temporary path), then rename: the file is whole or absent
     path.parent.mkdir(parents=True, exist_ok=True)
+    mask = os.umask(0); os.umask(mask) # it can only be read by setting it
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
     os.close(fd)
     try:
         write(tmp)
-        os.chmod(tmp, 0o644) # mkstemp makes it private
+        os.chmod(tmp, mode) # mkstemp makes it private
         os.replace(tmp, path)
     except BaseException:
         Path(tmp).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import json
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import accumulate
@@ -72,11 +72,11 @@ def _slug(text:str)->str: return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("._
 
 def find_images(
     folder:str|Path, # searched with all folders below it
+    ends:Collection[str]=(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"), # lower case
 )->list[Path]:       # sorted by path; hidden files are left out
-    "Every png, jpg, jpeg, webp, bmp, tif and tiff file of a folder; ValueError if there is none"
+    "Every image file of a folder; ValueError if there is none"
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder at {folder}")
-    ends = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ends and p.is_file()
                    and not any(o.startswith(".") for o in p.relative_to(folder).parts))
     if not found: raise ValueError(f"{folder} holds no image ({', '.join(sorted(ends))}); name a folder of photographs")

@@ -105,7 +105,7 @@ def judge_bank(
         rows.append(dict(image=i, seed=0, metric="spread", variant="sr", value=255*group.sr.var(0, unbiased=len(group.sr) > 1).mean().sqrt().item()))
     return pd.DataFrame(rows).astype(dict(seed="int64", value="float64"))
 
-# %% ../nbs/41_onestep.ipynb #41-onestep-013
+# %% ../nbs/41_onestep.ipynb #41-onestep-014
 ONESTEP = Path(str(files("srnb")))/"weights"/"onestep" # the shipped network
 GAPS = dict(none=None, dtm=trajectory_gap, sds=sds_gap)
 
@@ -154,7 +154,7 @@ class CTMSRRun:
         if self.init and (self.channels, self.blocks, self.tail) != ((64, 128, 128), (4, 2, 2), 32): raise ValueError("init brings its own channels, blocks and tail: leave them out")
         if len(self.channels) != len(self.blocks): raise ValueError(f"one number of blocks per level: channels {self.channels}, blocks {self.blocks}")
 
-# %% ../nbs/41_onestep.ipynb #41-onestep-014
+# %% ../nbs/41_onestep.ipynb #41-onestep-015
 def _start(cfg:CTMSRRun)->Policy: # the network that stage 1 trains
     if cfg.init:
         policy = from_pretrained(cfg.init, dtype=DTYPES[cfg.precision])
@@ -231,7 +231,7 @@ def train_ctmsr(
         write_table(out/"metrics.parquet", judge_bank(out/"held_out", [i for i, _, _ in probes], judges))
     return out
 
-# %% ../nbs/41_onestep.ipynb #41-onestep-022
+# %% ../nbs/41_onestep.ipynb #41-onestep-023
 def compare_upscalers(
     out_dir:str|Path,             # the comparison's folder
     models:dict[str, Callable],   # name -> (1,3,h,w) to (1,3,4h,4w), [0, 1]
@@ -244,7 +244,7 @@ def compare_upscalers(
     "Every model on every photograph"
     check_available(metrics, (256, 256))
     threads, weights = torch.get_num_threads(), weights or {}
-    out = open_run(out_dir, dict(photos=[p.id for p in photos], degradation=degradation, metrics=[m.name for m in metrics], size=size, threads=threads))
+    out = open_run(out_dir, dict(photos={p.id: p.sha256[:16] for p in photos}, degradation=degradation, metrics=[m.name for m in metrics], size=size, threads=threads))
     tables = []
     for p in progress(photos, "photographs"):
         lq, gt = make_pair(p, size or [s//16*16 for s in p.read().shape[1:]], DEGRADATIONS[degradation])
@@ -264,6 +264,6 @@ def compare_upscalers(
 
 RUNS = {**PREFERENCE_RUNS, "ctmsr": (CTMSRRun, train_ctmsr)} # what a config's "run" may name
 
-# %% ../nbs/41_onestep.ipynb #41-onestep-025
+# %% ../nbs/41_onestep.ipynb #41-onestep-026
 #| eval: false
 if __name__ == "__main__" and "get_ipython" not in globals(): main(runs=RUNS)

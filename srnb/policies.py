@@ -40,30 +40,24 @@ class ResidualCodec:
         "(B,3,h,w) to (B,3,H,W), [0, 1]: the bicubic enlargement y"
         return bicubic(lq, [self.factor*n for n in lq.shape[-2:]])
 
+    def centre(self, lq:Tensor)->Tensor: return self.upsample(lq) # the image of z = 0
+
     def encode(self, gt:Tensor, lq:Tensor)->Tensor:
         "Clean z of (B,3,H,W) images"
         if gt.shape[-2:] != torch.Size(self.factor*n for n in lq.shape[-2:]):
             raise ValueError(f"gt {tuple(gt.shape[-2:])} is not {self.factor} times lq {tuple(lq.shape[-2:])}")
-        return (gt - self.upsample(lq))/self.scale
+        return (gt - self.centre(lq))/self.scale
 
     def decode(self, z:Tensor, lq:Tensor)->Tensor:
         "Images of z, 8-bit values"
-        return quantize(self.upsample(lq) + self.scale*z.float())
+        return quantize(self.centre(lq) + self.scale*z.float())
 
 # %% ../nbs/11_policies.ipynb #11-policies-011
 @dataclass(frozen=True)
 class PixelCodec(ResidualCodec):
     "Between images and what a one-step network models: the image in [-1, 1]"
     scale:float = .5 # units of [0, 1] in one unit of z
-    def encode(self, gt:Tensor, lq:Tensor)->Tensor:
-        "z of (B,3,H,W) images"
-        if gt.shape[-2:] != torch.Size(self.factor*n for n in lq.shape[-2:]):
-            raise ValueError(f"gt {tuple(gt.shape[-2:])} is not {self.factor} times lq {tuple(lq.shape[-2:])}")
-        return (gt - .5)/self.scale
-
-    def decode(self, z:Tensor, lq:Tensor)->Tensor:
-        "Images of z, 8-bit values"
-        return quantize(.5 + self.scale*z.float())
+    def centre(self, lq:Tensor)->Tensor: return torch.full_like(lq[:, :1, :1, :1], .5)
 
 # %% ../nbs/11_policies.ipynb #11-policies-014
 class Policy:
@@ -126,10 +120,13 @@ def _solve(self,
     "The images that this noise leads to"
     lq, steps = lq.to(self.device), self.path.steps if steps is None else steps
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    path, training = self.path.given(self.codec.encode(self.codec.upsample(lq), lq)), self.net.training
+    self.net.eval()
     cond = self.encode(lq) if cond is None else cond
-    path = self.path.given(self.codec.encode(self.codec.upsample(lq), lq))
     def predict(x, sigma): return self.predict(x, sigma, cond)
-    return self.codec.decode(sampler(predict, path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device), path, draw), lq)
+    z = sampler(predict, path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device), path, draw)
+    self.net.train(training)
+    return self.codec.decode(z, lq)
 
 @torch.no_grad()
 def _sample(self,

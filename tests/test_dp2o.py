@@ -167,7 +167,7 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_study"])
+@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_study", "train_ctmsr", "compare_upscalers"])
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -81,6 +81,11 @@ def test_stage_one_is_shared(config, tmp_path):
     for match in ("none", "sds"): calls.append(train_ctmsr(replace(config, out_dir=str(tmp_path/match), match=match, **shared)))
     train_ctmsr(replace(config, out_dir=str(tmp_path/"regression"), match="none", first=1, last=1, **shared))
     assert len(list((tmp_path/"shared").glob("stage1-*"))) == 2 # one for both rows of the same stage 1, one for regression
+    photos = tmp_path/"photos" # other held-out photographs leave others for training: no shared stage 1
+    photos.mkdir()
+    for p in embedded_photos("train")[:6]: (photos/p.path.name).write_bytes(p.path.read_bytes())
+    train_ctmsr(replace(config, out_dir=str(tmp_path/"split"), match="none", photos=(str(photos),), take=0, **shared))
+    assert len(list((tmp_path/"shared").glob("stage1-*"))) == 3
     a, b = (pd.read_parquet(o/"log.parquet") for o in calls)
     assert a[a.stage == 1].consistency.tolist() == b[b.stage == 1].consistency.tolist() and a.consistency.iloc[4] == b.consistency.iloc[4]
 
@@ -94,7 +99,7 @@ def test_a_photograph_that_the_start_has_seen_is_refused(whole, config, tmp_path
     for name, p in (("seen", photo), ("other", embedded_photos("train")[3].path)):
         (tmp_path/name).mkdir()
         (tmp_path/name/p.name).write_bytes(p.read_bytes())
-    cfg = replace(config, out_dir=str(tmp_path/"x"), init=str(whole/"policy"), photos=(str(tmp_path/"other"),), held_out=(str(tmp_path/"seen"),))
+    cfg = replace(config, out_dir=str(tmp_path/"x"), init=str(whole/"policy"), channels=(64, 128, 128), blocks=(4, 2, 2), tail=32, photos=(str(tmp_path/"other"),), held_out=(str(tmp_path/"seen"),))
     with pytest.raises(ValueError, match="was in the training of"): train_ctmsr(cfg)
     assert not (tmp_path/"x").exists()
 

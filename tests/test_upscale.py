@@ -557,3 +557,54 @@ def test_fuzz_of_arguments(argv, loader, capsys):
         for p in sources: picture().save(p)
         (bad := Path(folder)/"bad.png").write_bytes(b"\x89PNG")
         guarded(folder, argv, [*sources, bad], capsys)
+
+
+# What a reviewer found
+
+def test_gif_in_a_folder(box):
+    (box/"in").mkdir()
+    picture("L").save(box/"in"/"a.gif")
+    assert main(["upscale", "in", "-o", "out"]) == 0 and (box/"out"/"a.png").exists()
+
+
+def test_terminated(box, monkeypatch):
+    "SIGTERM while a file is written: nothing half written stays"
+    import signal
+    picture().save(box/"a.png")
+
+    def save(self, *a, **k): os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["upscale", "a.png", "-o", "out"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before and [p.name for p in box.rglob("*") if p.is_file()] == ["a.png"]
+
+
+def test_rights_of_files(box):
+    "The user's umask holds, and a replaced file keeps its rights"
+    picture().save(box/"a.png")
+    old = os.umask(0o077)
+    try:
+        assert main(["upscale", "a.png", "-o", "b.png"]) == 0 and (box/"b.png").stat().st_mode & 0o777 == 0o600
+        os.umask(0o022)
+        assert main(["upscale", "a.png", "-o", "b.png", "--force"]) == 0 and (box/"b.png").stat().st_mode & 0o777 == 0o600
+        assert main(["upscale", "a.png", "-o", "c.png"]) == 0 and (box/"c.png").stat().st_mode & 0o777 == 0o644
+    finally: os.umask(old)
+
+
+def test_an_answer_that_is_no_number(box, monkeypatch, capsys):
+    class Nan(Quick):
+        def solve(self, lq, noise, steps=None): return torch.full(noise.shape, float("nan"))
+    monkeypatch.setattr(U, "load_model", lambda model, dtype: Nan())
+    picture().save(box/"a.png")
+    assert main(["upscale", "a.png", "-o", "b.png"]) == 1 and "not finite" in capsys.readouterr().err and not (box/"b.png").exists()
+
+
+def test_dropout_is_off():
+    "The same seed gives the same image though the network was left in train mode"
+    policy = network()
+    policy.net.drop = torch.nn.Dropout(.5)
+    features = policy.net.features
+    policy.net.features = lambda *a: policy.net.drop(features(*a))
+    policy.net.train()
+    image = np.asarray(picture())
+    assert (upscale(image, policy) == upscale(image, policy)).all() and policy.net.training
