@@ -139,8 +139,9 @@ def fit(
             row = {n: sum(v)/len(v) for n, v in sums.items()}
             rows.append(dict(step=k+1, **row)); accelerator.log(row, step=k+1); sums = {}
             note["text"] = f"loss {row['loss']:.4f}"
-        if loop.keep_every and (k+1) % loop.keep_every == 0 and accelerator.is_main_process:
-            _replace(out/"kept"/f"{k+1:08d}.safetensors", lambda tmp: save_file({n: p.detach().contiguous() for n, p in names.items()}, tmp))
+        if loop.keep_every and (k+1) % loop.keep_every == 0:
+            if accelerator.is_main_process: _replace(out/"kept"/f"{k+1:08d}.safetensors", lambda tmp: save_file({n: p.detach().contiguous() for n, p in names.items()}, tmp))
+            accelerator.wait_for_everyone() # others may read it
         if (k+1) % loop.save_every == 0 or k+1 == loop.steps: _save(accelerator, out, k+1, average, rows, sums)
     for tracker in accelerator.trackers: tracker.finish() # end_training would also end the process group, and a run has several stages
     result = average or {n: p.detach().clone() for n, p in names.items()}

@@ -47,7 +47,7 @@ def noise_window(
     left:int,       # first column
     height:int,     # rows
     width:int,      # columns
-    block:int=256,  # pixels; part of the field's definition
+    block:int=64,   # pixels; part of the field's definition
 )->Tensor:          # (1,3,height,width) standard normal
     "A window of the endless field of noise that belongs to `seed`"
     out, b = torch.empty(1, 3, height, width), block
