@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import srnb.onestep as onestep
 from srnb.core import RunOccupied, bicubic, read_run
+from srnb.curation import fingerprint
 from srnb.data import embedded_photos, make_pair
 from srnb.degrade import RESSHIFT_TRAIN
 from srnb.onestep import ONESTEP, RUNS, CTMSRRun, train_ctmsr
@@ -118,6 +119,15 @@ def test_command_line(config, tmp_path):
 
 
 # ---------------------------------------------------------------- the shipped network
+
+def test_records_are_of_the_shipped_weights(root):
+    "What README and card say was measured on the weights that ship, and on no others"
+    policy = from_pretrained("onestep", dtype=torch.bfloat16)
+    for name in ("onestep_kodak", "onestep_held_out"):
+        assert json.loads((root/"nbs/_records"/name/"models.json").read_text())["onestep"] == fingerprint(policy)
+    with torch.no_grad(): policy.net.tail.bias[0] += 1e-3
+    assert fingerprint(policy) != json.loads((root/"nbs/_records/onestep_kodak/models.json").read_text())["onestep"]
+
 
 def test_shipped_network():
     "Loads, is small, has seen no embedded photograph, and looks closer to the truth than bicubic"
