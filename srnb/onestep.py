@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +27,7 @@ from .curation import fingerprint, make_bank, read_group, score_bank
 from .data import PatchPool, make_pair
 from .nets import OneStepConfig, OneStepUNet
 from .paths import Shift
-from .policies import PixelCodec, Policy, from_pretrained, save_pretrained
+from .policies import PixelCodec, Policy, from_pretrained, policy_folder, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
 from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, put, record_of
 from .training import RUNS as PREFERENCE_RUNS
@@ -53,8 +52,7 @@ def onestep_batch(
 
 def bound(policy:Policy, lq:Tensor)->tuple: # the path given the enlarged input, and (x, sigma) -> clean image
     "A policy with its input filled in"
-    path = policy.path.given(policy.codec.encode(policy.codec.upsample(lq), lq))
-    return path, lambda x, sigma: policy.predict(x, sigma, lq)
+    return policy.path_of(lq), lambda x, sigma: policy.predict(x, sigma, lq)
 
 def onestep_loss(
     pool:PatchPool,
@@ -106,7 +104,7 @@ def judge_bank(
     return pd.DataFrame(rows).astype(dict(seed="int64", value="float64"))
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-014
-ONESTEP = Path(str(files("srnb")))/"weights"/"onestep" # the shipped network
+ONESTEP = policy_folder("onestep") # the shipped network
 GAPS = dict(none=None, dtm=trajectory_gap, sds=sds_gap)
 
 @dataclass(frozen=True)
@@ -165,10 +163,8 @@ def _start(cfg:CTMSRRun)->Policy: # the network that stage 1 trains
         net = OneStepUNet(OneStepConfig(tuple(cfg.channels), tuple(cfg.blocks), tail=cfg.tail)).to(memory_format=torch.channels_last)
     return Policy(net, Shift(), Shift(), PixelCodec(), DTYPES[cfg.precision])
 
-def _weights(init:str)->Path: return Path(init) if Path(init).is_dir() else ONESTEP
-
 def _seen(init:str|None)->set: # hashes of the photographs that the starting network has seen
-    file = _weights(init)/"photos.json" if init else None
+    file = policy_folder(init)/"photos.json" if init else None
     return set(json.loads(file.read_text())) if file and file.exists() else set()
 
 def _teacher(policy:Policy, folder:Path, refresh:int)->Callable: # step -> Policy with the weights of the last multiple of `refresh`
@@ -199,7 +195,7 @@ def train_ctmsr(
     check_available(judges, (cfg.size, cfg.size))
     train, test = photo_sets(cfg.photos, cfg.held_out)
     if cfg.take: train, test = train[:cfg.take], test[:cfg.take]
-    if cfg.init: check_unseen(_weights(cfg.init), test)
+    if cfg.init: check_unseen(policy_folder(cfg.init), test)
     policy, seen = _start(cfg), sorted({p.sha256 for p in train} | _seen(cfg.init))
     if cfg.patch % policy.stride or cfg.size % policy.stride:
         raise ValueError(f"patch and size must be multiples of {policy.stride}, got {cfg.patch} and {cfg.size}")

@@ -52,6 +52,7 @@ def test_shipped_base(tmp_path):
 
 
 def test_shipped_base_has_not_seen_the_embedded_photographs():
-    from srnb.training import EMBEDDED, check_unseen
-    assert len((EMBEDDED/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
-    check_unseen(EMBEDDED, embedded_photos())
+    from srnb.policies import policy_folder
+    from srnb.training import check_unseen
+    assert len((policy_folder("small")/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
+    check_unseen(policy_folder("small"), embedded_photos())
