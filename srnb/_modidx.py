@@ -325,6 +325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.policies._solve': ('policies.html#_solve', 'srnb/policies.py'),
                                'srnb.policies._using': ('policies.html#_using', 'srnb/policies.py'),
                                'srnb.policies.from_pretrained': ('policies.html#from_pretrained', 'srnb/policies.py'),
+                               'srnb.policies.in_eval': ('policies.html#in_eval', 'srnb/policies.py'),
                                'srnb.policies.load_adapter': ('policies.html#load_adapter', 'srnb/policies.py'),
                                'srnb.policies.policy_folder': ('policies.html#policy_folder', 'srnb/policies.py'),
                                'srnb.policies.save_adapter': ('policies.html#save_adapter', 'srnb/policies.py'),

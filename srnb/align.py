@@ -116,12 +116,14 @@ def loop_of(
     cfg:AlignRun,
     crops:int,    # training crops
     steps:int,    # of the sampler
+    processes:int=1, # that train; each takes its own micro-batches
 )->Loop:
     "The loop of a run; with a budget, as many updates as it pays for, and some 24 kept copies"
     if not cfg.budget: return cfg.loop
     before, update = evaluations(cfg, crops, steps)
-    updates = int((cfg.budget-before)//(update*cfg.loop.parts))
-    if updates < 1: raise ValueError(f"a budget of {cfg.budget:,} evaluations does not pay for one update: {before:,.0f} go before the first, {update*cfg.loop.parts:,.0f} to each")
+    update *= cfg.loop.parts*processes
+    updates = int((cfg.budget-before)//update)
+    if updates < 1: raise ValueError(f"a budget of {cfg.budget:,} evaluations does not pay for one update: {before:,.0f} go before the first, {update:,.0f} to each")
     return replace(cfg.loop, steps=updates, keep_every=max(1, updates//24))
 
 # %% ../nbs/42_align.ipynb #42-align-011
@@ -212,7 +214,7 @@ def supervised_loss(
     gate:float|None=None,# unit of the energy: stop where the improvement exceeds the drift by this much; None: never
     levels:Callable|None=None, # (n, generator) -> (n,) noise levels; None: as in training
 )->Callable:             # (model, step, part) -> (values (n,), logs), for `fit`
-    "Error at the winners, or its hinge: what Diffusion-DRO is when its losers are fresh"
+    "Error at the winners, or its hinge: Diffusion-DRO with fresh losers, but for where the drift is measured"
     rank = int(os.environ.get("RANK", 0))
     def loss(model, step, part):
         policy.net = model
@@ -242,13 +244,13 @@ def objective_of(
     link = dict(logistic=lambda margin: dpo_loss(margin, cfg.kappa), hinge=lambda margin: hinge_loss(margin, cfg.gate)).get(cfg.link)
     if cfg.losers in ("bottom", "sample"):
         pairs = pairs_of_bank(bank, ids, reward, cfg.n, *HPO[cfg.hpo]) if cfg.losers == "bottom" else sample_pairs(bank, ids)
-        return *preference_loss(pairs, policy, cfg.kappa, cfg.batch, cfg.patch, cfg.seed, energy, cfg.safeguard, link, levels), None
+        return *preference_loss(pairs, policy, cfg.kappa, cfg.batch, cfg.patch, cfg.seed, energy, cfg.safeguard, link if cfg.link == "hinge" else None, levels), None
     groups = winner_groups(bank, ids, reward, cfg.winners, cfg.n)
     if cfg.losers == "none":
         return supervised_loss(groups, policy, cfg.batch, cfg.patch, cfg.seed, energy, cfg.gate if cfg.link == "hinge" else None, levels), None, None
     if cfg.losers == "adversary": draw = adversary_draw(groups, policy, cfg.batch, cfg.patch, cfg.seed)
     else: draw = OnlineDraw(groups, policy, cfg.batch, cfg.patch, cfg.seed, cfg.cells, cfg.every, cfg.capacity, cfg.refresh)
-    return *margin_loss(draw, policy, link, cfg.kappa, energy, apart=cfg.losers == "policy"), draw if cfg.losers == "policy" else None
+    return *margin_loss(draw, policy, link, cfg.kappa if cfg.link == "logistic" else None, energy, apart=cfg.losers == "policy"), draw if cfg.losers == "policy" else None
 
 # %% ../nbs/42_align.ipynb #42-align-040
 def train_align(
@@ -272,7 +274,7 @@ def train_align(
             print(f"{os.path.relpath(out)} is done"); return out
         crops, probes = inputs_of(cfg, policy)
         ids, steps = [i for i, _, _ in crops], 1 if isinstance(policy.path, Shift) else cfg.steps
-        loop = loop_of(cfg, len(crops), steps)
+        loop = loop_of(cfg, len(crops), steps, state.num_processes)
         models = {n: BASELINES[n] if n in BASELINES else lambda lq: policy.sample(lq, [0], steps)[:, 0] for n in cfg.outputs}
         out = open_run(out, record) # the inputs are good: the folder is claimed
         print(f"{cfg.winners} against {cfg.losers}: {loop.steps} updates; samples of {len(crops)} crops, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")

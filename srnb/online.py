@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .policies import Policy
+from .policies import Policy, in_eval
 
 # %% ../nbs/33_online.ipynb #33-online-028
 def jittered(
@@ -32,19 +32,17 @@ def policy_states(
     adapters:Sequence[str]=(),  # that make the policy which is sampled
 )->tuple[Tensor, Tensor, Tensor]: # x (B,K,3,4h,4w), sigma (B,K), prediction (B,K,3,4h,4w)
     "States on deterministic trajectories, and what the policy predicts there [Y. Wu+ 2025, Algorithm 1]"
-    path, training = policy.path_of(lq), policy.net.training
+    path = policy.path_of(lq)
     grid = path.sigma_grid(steps).to(lq.device)
     nodes, now, x, found = jittered(grid, offset.to(lq.device)), grid[:1].expand(len(lq)), path.start(noise), []
-    policy.net.eval()
-    cond = policy.encode(lq)
-    with policy.using(*adapters):
+    with in_eval(policy.net), policy.using(*adapters):
+        cond = policy.encode(lq)
         prediction = policy.predict(x, now, cond)
         for i in range(steps):
             x = path.state(*path.estimates(x, prediction, now), nodes[:, i])
             now = nodes[:, i]
             prediction = policy.predict(x, now, cond)
             found.append((x, now, prediction))
-    policy.net.train(training)
     return tuple(torch.stack(o, 1) for o in zip(*found, strict=True))
 
 # %% ../nbs/33_online.ipynb #33-online-031

@@ -35,7 +35,7 @@ from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR
 from .nets import SmallUNet, UNetConfig
 from .paths import Flow, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import Policy, ResidualCodec, from_pretrained, load_adapter, policy_folder, save_adapter, save_pretrained
-from .preference import SATURATED, diagnostics, dpo_loss, group_gradients, pair_margin, ranking_loss, safeguard_scale
+from .preference import SATURATED, diagnostics, dpo_loss, group_gradients, group_margins, pair_margin, ranking_loss, safeguard_scale
 from .rewards import (CVVDP, DP2O, GMSD, LSD, OFFLINE, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax,
                           Reward, check_available, hybrid, luma, score_group)
 from .spectral import FREQUENCIES, SobolevEnergy, energy_gap, l2_energy, radial_psd
@@ -368,8 +368,8 @@ def group_batch(
 def margin_loss(
     draw:Callable,         # (step, part) -> x, sigma, target, cond (G*2N,...), weight (G,N,N): in each group winners first
     policy:Policy,         # with the trained adapter `policy`
-    link:Callable,         # margins -> loss of each, unit of the energy to nats or whatever it gives
-    kappa:float,           # scale of the margins for the share that is saturated, nothing else
+    link:Callable,         # margins -> loss of each
+    kappa:float|None,      # of a logistic link, for the log of what is saturated; None: a hinge, whose open pairs are logged instead
     energy:Callable=l2_energy,  # of a residual
     safeguard:bool=False,  # keep the winners' error from rising
     apart:bool=False,      # log the norms of the gradients through winners and losers; a second backward pass
@@ -383,7 +383,11 @@ def margin_loss(
         now = policy.residual(x, sigma, target, cond)
         gap = energy_gap(now, ref, energy).reshape(len(weight), 2, -1)
         gaps["w"], gaps["l"] = gap[:, 0], gap[:, 1]
-        with torch.no_grad(): logs = diagnostics(now, ref, gap[:, 0], gap[:, 1], kappa, energy)
+        with torch.no_grad():
+            logs = diagnostics(now, ref, gap[:, 0], gap[:, 1], kappa or 1., energy)
+            if kappa is None:
+                del logs["saturated"]
+                logs["open"] = (link(group_margins(gap[:, 0], gap[:, 1])) > 0).float().mean().item()
         return ranking_loss(gaps["w"], gaps["l"], link, weight), logs
     def backward(accelerator, values, logs):
         params = [p for p in policy.net.parameters() if p.requires_grad]
@@ -406,7 +410,7 @@ def preference_loss(
     seed:int,              # of the run
     energy:Callable=l2_energy,  # of a residual
     safeguard:bool=False,  # keep the winners' error from rising
-    link:Callable|None=None,    # margins -> loss of each; None: the logistic one with kappa
+    link:Callable|None=None,    # margins -> loss of each, a hinge; None: the logistic one with kappa
     levels:Callable|None=None,  # (n, generator) -> (n,) noise levels; None: as in training
 )->tuple[Callable, Callable|None]: # loss and backward, for `fit`
     "Group form of Diffusion-DPO, or of another link, with pair weights"
@@ -416,7 +420,7 @@ def preference_loss(
         each = len(lq)//groups # candidates of a group, which share what is encoded
         with torch.no_grad(): cond = policy.encode(lq[::each]).repeat_interleave(each, 0)
         return x, sigma, target, cond, weight
-    return margin_loss(draw, policy, link or (lambda margin: dpo_loss(margin, kappa)), kappa, energy, safeguard)
+    return margin_loss(draw, policy, link or (lambda margin: dpo_loss(margin, kappa)), None if link else kappa, energy, safeguard)
 
 # %% ../nbs/40_training.ipynb #40-training-050
 REWARDS = dict(offline=OFFLINE, offline_fr=Reward("offline_fr", fr=OFFLINE.fr), offline_nr=Reward("offline_nr", nr=OFFLINE.nr), dp2o=DP2O)

@@ -64,6 +64,12 @@ def test_fixture_10(shipped, energy, link):
     move(policy, 2, .02)
     assert min(ratio(old, 1), ratio(long, 1)) > 1e-3 # an older snapshot; fresh rows beside older ones
     assert ratio(old, 2) < 1e-6 # the next snapshot
+    x, sigma, target, cond, _ = old(3, 0)
+    level = sigma[::2, None, None, None]
+    assert torch.equal(sigma[::2], sigma[1::2]) and torch.equal(cond[::2], cond[1::2]) and sigma.unique().numel() == 4
+    for z, y in zip(x[::2]-level*target[::2], cond[::2, :3], strict=True): # the expert's state, level and input belong together: the photograph of a trajectory
+        k = (old.buffer.rows["z"]-z).abs().amax((1, 2, 3)).argmin()
+        assert (old.buffer.rows["z"][k]-z).abs().max() < 1e-5 and torch.allclose(policy.codec.upsample(old.buffer.rows["lq"][k:k+1])[0]*2-1, y, atol=1e-6)
 
 
 class OneNumber:
@@ -136,7 +142,7 @@ def test_every_combination(config, tmp_path, tmp_path_factory, monkeypatch, winn
         assert {"reward", "moved", "spread", "psnr_y", "piqe"} <= set(rows.metric) and not rows.duplicated(["image", "seed", "metric"]).any()
         assert rows.value.notna().all() and rows[rows.metric == "reward"].groupby("image").size().tolist() == [2, 2] and (rows.metric == "spread").sum() == 2
     moved = metrics[metrics.metric == "moved"].groupby("variant").value.max()
-    assert moved["before"] == 0 and moved["after"] > 0
+    assert moved["after"] > 0
     for folder, step in (("adapter", 3), ("matched", drift.step[drift.chosen].item())):
         kept, saved = load_file(out/"kept"/f"{step:08d}.safetensors"), load_file(out/folder/"adapter_model.safetensors")
         assert sorted(v.sum().item() for v in kept.values()) == sorted(v.sum().item() for v in saved.values())
@@ -206,6 +212,24 @@ def test_killed_and_resumed(whole, dro, tmp_path, deadly, monkeypatch):
     assert logs[0][:8].equals(logs[1][:8]) and not logs[0].equals(logs[1])
 
 
+def test_killed_while_judging(dro, tmp_path, deadly):
+    "Killed within the samples of either end: nothing is drawn twice, and both ends are those of a run that nobody disturbed"
+    cfg, (count, calls, die) = replace(dro, drift=1e-9, loop=replace(dro.loop, steps=6, save_every=4)), deadly
+    count(Policy, "sample")
+    a, b = (replace(cfg, out_dir=str(tmp_path/n)) for n in "ab")
+    train_align(a)
+    assert calls["sample"] == 2+2+2+2 # crops, photographs before, after, matched
+    for n in (5, 2, None): # the second photograph after, the second at the matched copy
+        calls["sample"], die["sample"] = 0, n
+        if n: pytest.raises(KeyboardInterrupt, train_align, b)
+        else: train_align(b)
+    assert calls["sample"] == 1
+    same_result(tmp_path/"b", tmp_path/"a")
+    assert pd.read_parquet(tmp_path/"a"/"drift.parquet").equals(pd.read_parquet(tmp_path/"b"/"drift.parquet"))
+    x, y = (load_file(tmp_path/n/"matched"/"adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(x[k], y[k]) for k in x) and set(read_run(tmp_path/"b")[1].variant) == {"before", "after", "matched", "bicubic"}
+
+
 def test_kill_9(whole, dro, tmp_path, capsys):
     "The command line, by SIGKILL at three random moments: while the bank is drawn, and twice between two checkpoints while the buffer is full"
     out, chance = tmp_path/"killed", random.Random(0)
@@ -215,8 +239,8 @@ def test_kill_9(whole, dro, tmp_path, capsys):
     steps = [chance.randint(9, 13), chance.randint(17, 19)]
     for moment in (lambda: (out/"bank"/"manifest.jsonl").exists(), *((lambda step=step: last() >= step) for step in steps)):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and not moment(): time.sleep(.002)
-        time.sleep(chance.uniform(0, .02))
+        while run.poll() is None and not moment(): time.sleep(.01)
+        time.sleep(chance.uniform(0, .01))
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL and not run_done(out) # it did not end by itself
         if moment() and last():

@@ -167,11 +167,18 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_study", "train_ctmsr", "compare_upscalers"])
+@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_study", "train_dro", "train_ctmsr", "compare_upscalers"])
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path/"out.ipynb").exists()
+
+
+def test_study_of_methods(root, tmp_path):
+    "The study of all methods in miniature: two rows, their record, and the picture of crops"
+    run = papermill(root, "train_study", tmp_path, "-p", "study", "nbs/methods_study.json")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "recorded 2 runs" in run.stderr + run.stdout
 
 
 def test_papermill_names_the_metric(root, tmp_path):
