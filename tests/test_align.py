@@ -134,7 +134,7 @@ def test_every_combination(config, tmp_path, tmp_path_factory, monkeypatch, winn
     assert log.step.tolist() == [1, 2, 3] and torch.isfinite(torch.tensor(log.to_numpy(dtype="float64"))).all()
     start = dict(logistic=math.log(2), hinge=.01).get(link)
     if start: assert log.loss[0] == pytest.approx(start, abs=1e-6)
-    assert ("norm_l" in log) == (losers == "policy") and ("open" in log) == (losers == "none" and link == "hinge")
+    assert ("norm_l" in log) == (losers == "policy") and ("open" in log) == (link == "hinge")
     assert drift.step.tolist() == [1, 2, 3] and drift.drift[drift.chosen].tolist() == [drift.drift.min()] and drift.drift.min() > 0
     assert set(metrics.variant) == {"before", "after", "matched", "bicubic"}
     for variant in ("before", "after", "matched"):
