@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINNERS', 'MEET', 'LINKS', 'RUNS', 'AlignRun', 'evaluations', 'loop_of', 'winner_groups', 'sample_pairs',
-           'side_by_side', 'adversary_draw', 'OnlineDraw', 'supervised_loss', 'objective_of', 'train_align',
-           'seed_spread']
+           'side_by_side', 'adversary_draw', 'OnlineDraw', 'supervised_loss', 'far_end', 'objective_of', 'train_align']
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import os
@@ -24,6 +23,7 @@ from .core import generator, open_run, run_done, seed_of, write_table
 from .curation import Group, bank_bounds, bank_reward, fingerprint, make_bank, make_outputs, read_group, score_bank, top_bottom
 from .online import Buffer, policy_states, take_snapshot
 from .onestep import RUNS as ONESTEP_RUNS
+from .onestep import seed_spread
 from .paths import Shift
 from .policies import Policy, from_pretrained, load_adapter, save_adapter
 from .preference import dpo_loss, hinge_loss
@@ -231,6 +231,10 @@ def supervised_loss(
     return loss
 
 # %% ../nbs/42_align.ipynb #42-align-029
+def far_end(policy:Policy)->Callable|None: # (n, generator) -> (n,) noise levels; None: as in training
+    "A one-step network is asked where it is used, at the far end of its path"
+    return (lambda n, g: torch.full((n,), policy.path.sigma_max)) if isinstance(policy.path, Shift) else None
+
 def objective_of(
     cfg:AlignRun,
     policy:Policy,        # with the adapters that the losers need
@@ -240,7 +244,7 @@ def objective_of(
 )->tuple[Callable, Callable|None, object|None]: # loss, backward, memory, for `fit`
     "What a run optimises"
     energy = SobolevEnergy(cfg.s) if cfg.s else l2_energy
-    levels = (lambda n, g: torch.full((n,), policy.path.sigma_max)) if isinstance(policy.path, Shift) else None # a one-step network is asked at the far end
+    levels = far_end(policy)
     link = dict(logistic=lambda margin: dpo_loss(margin, cfg.kappa), hinge=lambda margin: hinge_loss(margin, cfg.gate)).get(cfg.link)
     if cfg.losers in ("bottom", "sample"):
         pairs = pairs_of_bank(bank, ids, reward, cfg.n, *HPO[cfg.hpo]) if cfg.losers == "bottom" else sample_pairs(bank, ids)
@@ -306,8 +310,7 @@ def train_align(
         write_table(out/"log.parquet", log)
         bounds.save(out/"bounds.json")
         photographs = [Group(i, lq, gt, gt[None]) for i, lq, gt in crops]
-        levels = (lambda n, g: torch.full((n,), policy.path.sigma_max)) if isinstance(policy.path, Shift) else None
-        drifts = kept_drifts(out, policy, drift_states(policy, photographs, cfg.patch, levels=levels), cfg.drift)
+        drifts = kept_drifts(out, policy, drift_states(policy, photographs, cfg.patch, levels=far_end(policy)), cfg.drift)
         write_table(out/"drift.parquet", drifts)
         ends = dict(after=weights)
         if cfg.drift: ends["matched"] = load_file(out/"kept"/f"{drifts.step[drifts.chosen].item():08d}.safetensors")
@@ -322,15 +325,6 @@ def train_align(
         tables += [seed_spread(bank, [i for i, _, _ in probes], variant) for variant, bank in (("before", before), *((v, out/f"bank-{v}") for v in ends))]
         write_table(out/"metrics.parquet", pd.concat(tables, ignore_index=True))
     return out
-
-def seed_spread(
-    bank:str|Path,
-    ids:list[str],
-    variant:str,
-)->pd.DataFrame: # image, seed, metric "spread", variant, value
-    "How far samples of different seeds lie apart: root mean square over pixels of their standard deviation, 8-bit steps"
-    def of(sr): return 255*sr.var(0, unbiased=len(sr) > 1).mean().sqrt().item()
-    return pd.DataFrame([dict(image=i, seed=0, metric="spread", variant=variant, value=of(read_group(bank, i).sr)) for i in ids])
 
 RUNS = {**ONESTEP_RUNS, "align": (AlignRun, train_align)} # what a config's "run" may name
 
