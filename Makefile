@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test bench tables pages docs docs-check fmt lock
+.PHONY: help setup demo test multi bench tables pages docs docs-check fmt lock
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -33,6 +33,9 @@ demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
 
 test: ## sync of notebooks, package and README; ruff; every notebook; pytest
 	@.ci/run
+
+multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training
+	@.venv/bin/pytest -q tests/test_multi.py
 
 bench: $(READY) ## run every nbs/bench_*.ipynb; fails on a missed goal
 	@$(PY) .ci/runs.py 'bench_*'

@@ -38,10 +38,13 @@ def error_gradient(
     cond:Tensor,             # (B,3,h,w), or encoded
 )->Tensor:                   # (B,C,H,W), gradient of the mean square error with respect to the state
     "One backward pass through the policy; its weights receive nothing"
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        error = l2_energy(policy.residual(x, sigma, target(x) if callable(target) else target, cond))
-        return torch.autograd.grad(error.sum(), x)[0]
+    net, policy.net = policy.net, getattr(policy.net, "module", policy.net) # a wrapper of several processes would wait for gradients of the weights
+    try:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            error = l2_energy(policy.residual(x, sigma, target(x) if callable(target) else target, cond))
+            return torch.autograd.grad(error.sum(), x)[0]
+    finally: policy.net = net
 
 # %% ../nbs/31_adversary.ipynb #31-adversary-013
 def riesz_step(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .adversary import adversary_loser, coupled_pair
+from .backbones import BackboneOptions
 from .baselines import BASELINES
 from .core import generator, open_run, run_done, seed_of, write_table
 from .curation import Group, bank_bounds, bank_reward, fingerprint, make_bank, make_outputs, read_group, score_bank, top_bottom
@@ -25,13 +26,13 @@ from .online import Buffer, policy_states, take_snapshot
 from .onestep import RUNS as ONESTEP_RUNS
 from .onestep import seed_spread
 from .paths import Shift
-from .policies import Policy, from_pretrained, load_adapter, save_adapter
+from .policies import Policy, load_adapter, save_adapter, text_ids
 from .preference import dpo_loss, hinge_loss
 from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
-from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, choose, drift_states,
-                           evaluate, fit, inputs_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, preference_loss, put, quantized,
-                           record_of, train_adapter)
+from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_prompts, choose,
+                           drift_states, evaluate, fit, inputs_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
+                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, train_adapter, train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
 WINNERS = ("photograph", "top", "expert")
@@ -42,7 +43,7 @@ LINKS = dict(bottom=("logistic", "hinge"), sample=("logistic", "hinge"), adversa
 class AlignRun:
     "One alignment run: winners, losers, energy and link, from one base"
     out_dir:str                        # the run's folder
-    backbone:str = "small"             # "small", "onestep", or the folder of a policy
+    backbone:str = "small"             # "small", "onestep", the folder of a policy, or a backbone of room 12: a folder in diffusers' layout, or its name on the Hub
     photos:tuple[str, ...] = ()        # folders to train on; none: the embedded photographs marked train
     held_out:tuple[str, ...] = ()      # folders to report on; none: the embedded held-out ones, or a share of `photos`
     degradation:str = "resshift_test"  # a key of DEGRADATIONS
@@ -79,6 +80,8 @@ class AlignRun:
     drift:float = 0.                   # also judge the kept copy nearest to this drift; 0: the last step alone
     loop:Loop = Loop(steps=60, lr=1e-4, warmup=10, save_every=20, log_every=5) # noqa: RUF009  of the policy
     banks:str|None = None              # folder for what runs may share; None: out_dir
+    options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
+    prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     def __post_init__(self):
         for what, table in (("degradation", DEGRADATIONS), ("precision", DTYPES), ("losers", MEET), ("winners", dict.fromkeys(MEET[self.losers] if self.losers in MEET else ())),
                             ("link", dict.fromkeys(LINKS.get(self.losers, ()))), ("hpo", HPO), ("reward", REWARDS)): choose(what, getattr(self, what), table)
@@ -96,7 +99,8 @@ class AlignRun:
             raise ValueError(f"a drift to match needs copies to choose from: set a budget, or keep_every of the loop, from 1 to {self.loop.steps}")
         if not 1 <= self.places <= 5: raise ValueError(f"places must lie in [1, 5], got {self.places}")
         if self.patch > self.size: raise ValueError(f"patch {self.patch} is larger than the crops ({self.size})")
-        SobolevEnergy(self.s), check_folders(photos=self.photos, held_out=self.held_out)
+        if self.options.train == "whole" and self.losers in ("policy", "adversary"): raise ValueError("an adversary or a snapshot besides the policy needs LoRA: options.train must be base or control")
+        SobolevEnergy(self.s), check_folders(photos=self.photos, held_out=self.held_out), check_prompts(self.prompts)
 
 # %% ../nbs/42_align.ipynb #42-align-007
 def evaluations(
@@ -116,12 +120,11 @@ def loop_of(
     cfg:AlignRun,
     crops:int,    # training crops
     steps:int,    # of the sampler
-    processes:int=1, # that train; each takes its own micro-batches
 )->Loop:
     "The loop of a run; with a budget, as many updates as it pays for, and some 24 kept copies"
     if not cfg.budget: return cfg.loop
     before, update = evaluations(cfg, crops, steps)
-    update *= cfg.loop.parts*processes
+    update *= cfg.loop.parts
     updates = int((cfg.budget-before)//update)
     if updates < 1: raise ValueError(f"a budget of {cfg.budget:,} evaluations does not pay for one update: {before:,.0f} go before the first, {update:,.0f} to each")
     return replace(cfg.loop, steps=updates, keep_every=max(1, updates//24))
@@ -137,7 +140,7 @@ def winner_groups(
     "The pictures that win, crop by crop"
     top, _ = top_bottom(reward, n)
     def of(g, w): return dict(photograph=g.gt[None], top=g.sr[w], expert=torch.cat([g.gt[None], g.sr[w]]))[winners]
-    return [Group(i, g.lq, g.gt, of(g, w)) for i, w in zip(ids, top, strict=True) for g in [read_group(bank, i)]]
+    return [Group(i, g.lq, g.gt, of(g, w), g.prompt) for i, w in zip(ids, top, strict=True) for g in [read_group(bank, i)]]
 
 def sample_pairs(
     bank:str|Path,
@@ -145,7 +148,7 @@ def sample_pairs(
 )->Pairs:
     "The photograph against each sample: Diffusion-DPO's pairs without a rater"
     groups = [(g, k) for i in ids for g in [read_group(bank, i)] for k in range(len(g.sr))]
-    return Pairs([quantized(g.lq) for g, _ in groups], [quantized(g.gt[None]) for g, _ in groups], [quantized(g.sr[k:k+1]) for g, k in groups], torch.ones(len(groups), 1, 1))
+    return Pairs([quantized(g.lq) for g, _ in groups], [quantized(g.gt[None]) for g, _ in groups], [quantized(g.sr[k:k+1]) for g, k in groups], torch.ones(len(groups), 1, 1), text_ids(g.prompt for g, _ in groups))
 
 def side_by_side(w:Tensor, l:Tensor)->Tensor: # (B,...) each -> (2B,...): winner, loser, winner, loser
     return torch.stack([w, l], 1).flatten(0, 1)
@@ -159,10 +162,9 @@ def adversary_draw(
     seed:int,           # of the run
 )->Callable:            # (step, part) -> x, sigma, target, cond (2n,...), weight (n,1,1), for `margin_loss`
     "Winners, and what the adversary makes of them [Wang+ 2026, eqs. 16, 17]"
-    rank = int(os.environ.get("RANK", 0))
     def draw(step, part):
-        _, z, eps, sigma, lq = output_batch(groups, policy, n, patch, seed_of(seed, "adversary", step, part, rank))
-        with torch.no_grad(): cond = policy.encode(lq)
+        _, z, eps, sigma, lq, text = output_batch(groups, policy, n, patch, seed_at(seed, "adversary", step, part))
+        with torch.no_grad(): cond = policy.encode(lq, text)
         z_l = adversary_loser(policy, z, eps, sigma, cond, adapters=("adversary",))
         x, target = (side_by_side(*o.chunk(2)) for o in coupled_pair(policy.path, z, z_l, eps, sigma))
         return x, sigma.repeat_interleave(2), target, cond.repeat_interleave(2, 0), torch.ones(n, 1, 1, device=x.device)
@@ -182,24 +184,29 @@ class OnlineDraw:
         refresh:int=8,      # new ones at every micro-batch
     ):
         self.groups, self.policy, self.n, self.patch, self.seed, self.cells, self.every, self.refresh = groups, policy, n, patch, seed, cells, every, refresh
-        self.buffer, self.rank = Buffer(capacity), int(os.environ.get("RANK", 0))
-        self.tensors = self.buffer.tensors
+        self.capacity, self.buffers, self.taken = capacity, {}, -1 # a buffer for every micro-batch of a step, wherever it is done
 
-    def restore(self, tensors): self.buffer.restore({k: o.to(self.policy.device) for k, o in tensors.items()})
+    def buffer(self, part:int)->Buffer: return self.buffers.setdefault(part, Buffer(self.capacity))
+
+    def tensors(self)->dict[str, Tensor]: return {f"{part}.{k}": o for part, b in self.buffers.items() for k, o in b.tensors().items()}
+
+    def restore(self, tensors:dict[str, Tensor])->None:
+        for part in {int(k.split(".")[0]) for k in tensors}:
+            self.buffer(part).restore({k.split(".", 1)[1]: o if k.endswith(".text") else o.to(self.policy.device) for k, o in tensors.items() if k.startswith(f"{part}.")})
 
     def __call__(self, step, part): # -> x, sigma, target, cond (2n,...), weight (n,1,1), for `margin_loss`
-        policy, seed = self.policy, seed_of(self.seed, "online", step, part, self.rank)
-        if part == 0 and step % self.every == 0: take_snapshot(policy)
-        _, z, noise, _, lq = output_batch(self.groups, policy, self.refresh, self.patch, seed)
+        policy, seed, buffer = self.policy, seed_at(self.seed, "online", step, part), self.buffer(part)
+        if step % self.every == 0 and self.taken != step: take_snapshot(policy); self.taken = step
+        _, z, noise, _, lq, text = output_batch(self.groups, policy, self.refresh, self.patch, seed)
         offset = 1-torch.rand(len(z), generator=generator(seed_of(seed, "offset")))
-        x, sigma, prediction = policy_states(policy, lq, noise, offset, self.cells, ["snapshot"])
-        self.buffer.add(x=x, sigma=sigma, target=prediction, lq=lq, z=z)
-        g, rows = generator(seed_of(seed, "pick")), self.buffer.rows
-        row, node = (torch.randint(k, (self.n,), generator=g) for k in (len(self.buffer), self.cells))
+        x, sigma, prediction = policy_states(policy, lq, noise, offset, self.cells, ["snapshot"], text)
+        buffer.add(x=x, sigma=sigma, target=prediction, lq=lq, z=z, text=text)
+        g, rows = generator(seed_of(seed, "pick")), buffer.rows
+        row, node = (torch.randint(k, (self.n,), generator=g) for k in (len(buffer), self.cells))
         x, sigma, target = (rows[k][row, node] for k in ("x", "sigma", "target"))
         z, lq = rows["z"][row], rows["lq"][row]
         eps, path = torch.randn(z.shape, generator=g).to(z.device), policy.path_of(lq)
-        with torch.no_grad(): cond = policy.encode(lq).repeat_interleave(2, 0)
+        with torch.no_grad(): cond = policy.encode(lq, rows["text"][row]).repeat_interleave(2, 0)
         return (side_by_side(path.state(z, eps, sigma), x), sigma.repeat_interleave(2), side_by_side(path.target(z, eps, sigma), target), cond,
                 torch.ones(self.n, 1, 1, device=x.device))
 
@@ -215,13 +222,12 @@ def supervised_loss(
     levels:Callable|None=None, # (n, generator) -> (n,) noise levels; None: as in training
 )->Callable:             # (model, step, part) -> (values (n,), logs), for `fit`
     "Error at the winners, or its hinge: Diffusion-DRO with fresh losers, but for where the drift is measured"
-    rank = int(os.environ.get("RANK", 0))
     def loss(model, step, part):
         policy.net = model
-        _, z, eps, sigma, lq = output_batch(groups, policy, n, patch, seed_of(seed, "supervised", step, part, rank), levels)
+        _, z, eps, sigma, lq, text = output_batch(groups, policy, n, patch, seed_at(seed, "supervised", step, part), levels)
         path = policy.path_of(lq)
         x, target = path.state(z, eps, sigma), path.target(z, eps, sigma)
-        with torch.no_grad(): cond = policy.encode(lq)
+        with torch.no_grad(): cond = policy.encode(lq, text)
         if gate is None: return energy(policy.residual(x, sigma, target, cond)), {}
         with policy.reference(): ref = policy.residual(x, sigma, target, cond)
         now = policy.residual(x, sigma, target, cond)
@@ -261,35 +267,36 @@ def train_align(
     cfg:AlignRun, # everything that decides the result
 )->Path:          # the run's folder: config.json, log and drift .parquet, adapter/, metrics.parquet
     "Bank, adversary if there is one, training, evaluation; resumes, and says so if it is already done"
-    from accelerate import PartialState
-    state, out, home = PartialState(), Path(cfg.out_dir), Path(cfg.banks or cfg.out_dir)
+    state, out, home = processes(cfg.loop, *[cfg.imitation]*(cfg.losers == "adversary")), Path(cfg.out_dir), Path(cfg.banks or cfg.out_dir)
     reward = REWARDS[cfg.reward]
     judges = [METRICS[n] for n in cfg.judges if n not in {m.name for m in reward.metrics}]
     check_available([*reward.metrics, *judges], (cfg.size, cfg.size))
-    if (cfg.safeguard or cfg.losers == "policy") and state.num_processes > 1:
-        raise ValueError("the safeguard and losers of the policy take the gradient apart, which works in one process; launch one")
-    def base(): return from_pretrained(cfg.backbone, dtype=DTYPES[cfg.precision], device=state.device)
-    with state.main_process_first(): # one process makes what is shared, the others find the work done
+    refuse_fsdp()
+    def base(): return policy_of(cfg, device=state.device)
+    with state.main_process_first():
         policy = base()
         if cfg.losers == "adversary" and isinstance(policy.path, Shift): raise ValueError("the adversary works on noisy photographs: a one-step network has none; choose other losers")
         record = record_of(cfg) | dict(start=fingerprint(policy)) # what the name stands for
         if (out/"config.json").exists(): open_run(out, record) # another config's folder is refused before any work
-        if run_done(out):
-            print(f"{os.path.relpath(out)} is done"); return out
-        crops, probes = inputs_of(cfg, policy)
-        ids, steps = [i for i, _, _ in crops], 1 if isinstance(policy.path, Shift) else cfg.steps
-        loop = loop_of(cfg, len(crops), steps, state.num_processes)
-        models = {n: BASELINES[n] if n in BASELINES else lambda lq: policy.sample(lq, [0], steps)[:, 0] for n in cfg.outputs}
-        out = open_run(out, record) # the inputs are good: the folder is claimed
-        print(f"{cfg.winners} against {cfg.losers}: {loop.steps} updates; samples of {len(crops)} crops, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
-        note = dict(degradation=cfg.degradation, size=cfg.size)
-        before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before")
-        make_bank(home/"bank", policy, crops, cfg.m, steps, note=note)
-        make_bank(before, policy, probes, cfg.eval_m, steps, note=note)
-        scores = score_bank(home/"bank", reward.metrics)
-        bounds = bank_bounds(scores, reward)
-        rewards = bank_reward(scores, reward, ids, GroupMinMax())
-        if cfg.losers == "adversary": make_outputs(home/"outputs", models, crops, dict(note, steps=steps, base=fingerprint(policy)))
+        done = run_done(out)
+        if done: print(f"{os.path.relpath(out)} is done")
+        else:
+            crops, probes = inputs_of(cfg, policy)
+            prompts, probe_prompts = (prompts_of(cfg, [i for i, _, _ in o]) for o in (crops, probes))
+            ids, steps = [i for i, _, _ in crops], 1 if isinstance(policy.path, Shift) else cfg.steps
+            loop = loop_of(cfg, len(crops), steps)
+            models = {n: BASELINES[n] if n in BASELINES else lambda lq: policy.sample(lq, [0], steps)[:, 0] for n in cfg.outputs}
+            out = open_run(out, record) # the inputs are good: the folder is claimed
+    if done: return out
+    if state.is_main_process: print(f"{cfg.winners} against {cfg.losers}: {loop.steps} updates; samples of {len(crops)} crops, M = {cfg.m}; held out: {len(probes)} photographs, M = {cfg.eval_m}")
+    note = dict(degradation=cfg.degradation, size=cfg.size)
+    before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before")
+    make_bank(home/"bank", policy, crops, cfg.m, steps, note=note, prompts=prompts) # processes share the groups
+    make_bank(before, policy, probes, cfg.eval_m, steps, note=note, prompts=probe_prompts)
+    scores = score_bank(home/"bank", reward.metrics)
+    bounds = bank_bounds(scores, reward)
+    rewards = bank_reward(scores, reward, ids, GroupMinMax())
+    if cfg.losers == "adversary": make_outputs(home/"outputs", models, crops, dict(note, steps=steps, base=fingerprint(policy)), prompts)
     if cfg.losers == "adversary":
         groups = [read_group(home/"outputs", i) for i in ids]
         shared = dict(note, base=fingerprint(policy), outputs=cfg.outputs, ids=ids, batch=cfg.batch, patch=cfg.patch, precision=cfg.precision, seed=cfg.seed)
@@ -300,26 +307,31 @@ def train_align(
     if cfg.losers == "policy":
         policy.add_lora(cfg.rank, name="snapshot")
         policy.off |= {"snapshot"}
-    policy.add_lora(cfg.rank, seed=cfg.seed)
+    train_what(policy, cfg, cfg.seed)
     net = policy.net.to(state.device)
     loss, backward, memory = objective_of(cfg, policy, home/"bank", ids, rewards)
     weights, log = fit(net, loss, loop, out, backward, memory)
     policy.net = net
-    with state.main_process_first():
-        if run_done(out): return out
+    ends = dict(after=weights) | (dict(matched=None) if cfg.drift else {})
+    if state.is_main_process and not run_done(out):
         write_table(out/"log.parquet", log)
         bounds.save(out/"bounds.json")
-        photographs = [Group(i, lq, gt, gt[None]) for i, lq, gt in crops]
+        told = prompts or {}
+        photographs = [Group(i, lq, gt, gt[None], told.get(i, "")) for i, lq, gt in crops]
         drifts = kept_drifts(out, policy, drift_states(policy, photographs, cfg.patch, levels=far_end(policy)), cfg.drift)
         write_table(out/"drift.parquet", drifts)
-        ends = dict(after=weights)
         if cfg.drift: ends["matched"] = load_file(out/"kept"/f"{drifts.step[drifts.chosen].item():08d}.safetensors")
-        tables = []
         for variant, chosen in ends.items():
             put(net, chosen)
             save_adapter(policy, out/("adapter" if variant == "after" else variant))
-            clean = load_adapter(base(), out/("adapter" if variant == "after" else variant))
-            make_bank(out/f"bank-{variant}", clean, probes, cfg.eval_m, steps, note=note)
+    state.wait_for_everyone()
+    for variant in ends:
+        clean = load_adapter(base(), out/("adapter" if variant == "after" else variant))
+        make_bank(out/f"bank-{variant}", clean, probes, cfg.eval_m, steps, note=note, prompts=probe_prompts)
+    with state.main_process_first():
+        if run_done(out): return out
+        tables = []
+        for variant in ends:
             table = evaluate(before, out/f"bank-{variant}", [i for i, _, _ in probes], reward, bounds, judges, policy.codec.scale)
             tables.append(table[(table.variant == "after") | (variant == "after")].replace(dict(variant=dict(after=variant))))
         tables += [seed_spread(bank, [i for i, _, _ in probes], variant) for variant, bank in (("before", before), *((v, out/f"bank-{v}") for v in ends))]

@@ -29,7 +29,7 @@ from .nets import OneStepConfig, OneStepUNet
 from .paths import Shift
 from .policies import PixelCodec, Policy, from_pretrained, policy_folder, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
-from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, put, record_of
+from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, processes, put, record_of
 from .training import RUNS as PREFERENCE_RUNS
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-007
@@ -41,10 +41,9 @@ def onestep_batch(
     window:int,     # side of what LPIPS sees, pixels
     intervals:int,  # T
     seed:int,       # names the step
-    rank:int=0,     # of the process: its own patches and noise, but the pair of nodes of all
 )->tuple[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int, int]]: # z, eps, fresh eps (n,3,p,p), lq, i, (top, left, side)
     "What one step of consistency training draws"
-    i, g = int(torch.randint(intervals, (1,), generator=generator(seed_of(seed, "nodes")))), generator(seed_of(seed, rank))
+    i, g = int(torch.randint(intervals, (1,), generator=generator(seed_of(seed, "nodes")))), generator(seed_of(seed, 0))
     lq, gt = pool.batch(n, patch, g)
     eps, fresh = torch.randn((2, *gt.shape), generator=g)
     top, left = (int(torch.randint(patch-window+1, (1,), generator=g)) for _ in range(2))
@@ -71,10 +70,9 @@ def onestep_loss(
     stage:str="consistency", # names the draws
 )->Callable:                 # (model, step, part) -> (values (n,), logs), for `fit`
     "Consistency loss, and on it the matching loss of a gap [You+ 2025, eq. 25]"
-    rank = int(os.environ.get("RANK", 0))
     def loss(model, step, part):
         policy.net, T = model, intervals(step)
-        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, n, patch, window, T, seed_of(seed, stage, step, part), rank)
+        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, n, patch, window, T, seed_of(seed, stage, step, part))
         path, predict = bound(policy, lq)
         def seen(a, b): # in the network's precision: LPIPS costs more than the small network
             with policy.autocast(): return lpips(a, b).float()
@@ -197,8 +195,7 @@ def train_ctmsr(
     cfg:CTMSRRun, # everything that decides the result
 )->Path:          # the run's folder: config.json, log.parquet, policy/, metrics.parquet
     "Consistency training, matching, evaluation; resumes, and says so if it is already done"
-    from accelerate import PartialState
-    state, out = PartialState(), Path(cfg.out_dir)
+    state, out = processes(cfg.loop, cfg.match_loop), Path(cfg.out_dir)
     judges = [METRICS[n] for n in cfg.judges]
     check_available(judges, (cfg.size, cfg.size))
     train, test = photo_sets(cfg.photos, cfg.held_out)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .policies import Policy, in_eval
+from .policies import Policy, in_eval, parts_of
 
 # %% ../nbs/33_online.ipynb #33-online-028
 def jittered(
@@ -30,13 +30,14 @@ def policy_states(
     offset:Tensor,              # (B,) in (0, 1]
     steps:int,                  # K, cells of the sampler's grid; K+1 forwards
     adapters:Sequence[str]=(),  # that make the policy which is sampled
+    text:Tensor|None=None,      # (B,) prompts, from `text_ids`; None: empty ones
 )->tuple[Tensor, Tensor, Tensor]: # x (B,K,3,4h,4w), sigma (B,K), prediction (B,K,3,4h,4w)
     "States on deterministic trajectories, and what the policy predicts there [Y. Wu+ 2025, Algorithm 1]"
     path = policy.path_of(lq)
     grid = path.sigma_grid(steps).to(lq.device)
     nodes, now, x, found = jittered(grid, offset.to(lq.device)), grid[:1].expand(len(lq)), path.start(noise), []
     with in_eval(policy.net), policy.using(*adapters):
-        cond = policy.encode(lq)
+        cond = policy.encode(lq, text)
         prediction = policy.predict(x, now, cond)
         for i in range(steps):
             x = path.state(*path.estimates(x, prediction, now), nodes[:, i])
@@ -82,4 +83,5 @@ def take_snapshot(
     "Freeze what the policy is now"
     with torch.no_grad():
         for layer in policy._layers:
-            for part in (layer.lora_A, layer.lora_B): part[name].weight.copy_(part[source].weight)
+            for a, b in zip(parts_of(layer, name), parts_of(layer, source), strict=True):
+                for p, q in zip(a.parameters(), b.parameters(), strict=True): p.copy_(q)

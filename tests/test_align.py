@@ -68,8 +68,8 @@ def test_fixture_10(shipped, energy, link):
     level = sigma[::2, None, None, None]
     assert torch.equal(sigma[::2], sigma[1::2]) and torch.equal(cond[::2], cond[1::2]) and sigma.unique().numel() == 4
     for z, y in zip(x[::2]-level*target[::2], cond[::2, :3], strict=True): # the expert's state, level and input belong together: the photograph of a trajectory
-        k = (old.buffer.rows["z"]-z).abs().amax((1, 2, 3)).argmin()
-        assert (old.buffer.rows["z"][k]-z).abs().max() < 1e-5 and torch.allclose(policy.codec.upsample(old.buffer.rows["lq"][k:k+1])[0]*2-1, y, atol=1e-6)
+        k = (old.buffers[0].rows["z"]-z).abs().amax((1, 2, 3)).argmin()
+        assert (old.buffers[0].rows["z"][k]-z).abs().max() < 1e-5 and torch.allclose(policy.codec.upsample(old.buffers[0].rows["lq"][k:k+1])[0]*2-1, y, atol=1e-6)
 
 
 class OneNumber:
@@ -189,8 +189,8 @@ def whole(dro, tmp_path_factory):
 def test_memory(whole):
     "The checkpoint holds the buffer: four rows of each kind, finite and not all alike; its losers had a gradient"
     rows = load_file(latest_checkpoint(whole)/"memory-0.safetensors")
-    assert {k: tuple(v.shape) for k, v in rows.items()} == dict(x=(4, 2, 3, 32, 32), target=(4, 2, 3, 32, 32), sigma=(4, 2), lq=(4, 3, 8, 8), z=(4, 3, 32, 32))
-    assert all(torch.isfinite(v).all() and not torch.equal(v[0], v[2]) for v in rows.values())
+    assert {k: tuple(v.shape) for k, v in rows.items()} == {"0.x": (4, 2, 3, 32, 32), "0.target": (4, 2, 3, 32, 32), "0.sigma": (4, 2), "0.lq": (4, 3, 8, 8), "0.z": (4, 3, 32, 32), "0.text": (4,)}
+    assert all(torch.isfinite(v).all() and (k == "0.text" or not torch.equal(v[0], v[2])) for k, v in rows.items())
     log = pd.read_parquet(whole/"log.parquet")
     assert log.norm_l[0] < 1e-6*log.norm_w[0] and (log.norm_l[1:] > 1e-5*log.norm_w[1:]).all()
 
@@ -202,7 +202,7 @@ def test_killed_and_resumed(whole, dro, tmp_path, deadly, monkeypatch):
     for name in ("a", "b"):
         calls["output_batch"], die["output_batch"] = 0, 13
         with pytest.raises(KeyboardInterrupt, match="output_batch"): train_align(replace(dro, out_dir=str(tmp_path/name)))
-        assert latest_checkpoint(tmp_path/name).name == "checkpoint-00000008" and len(load_file(tmp_path/name/"checkpoint-00000008"/"memory-0.safetensors")["x"]) == 4
+        assert latest_checkpoint(tmp_path/name).name == "checkpoint-00000008" and len(load_file(tmp_path/name/"checkpoint-00000008"/"memory-0.safetensors")["0.x"]) == 4
         die.clear()
     same_result(train_align(replace(dro, out_dir=str(tmp_path/"a"))), whole)
     assert calls["output_batch"] == 13+13 # of both: 0 .. 12 | 8 .. 20
@@ -245,7 +245,7 @@ def test_kill_9(whole, dro, tmp_path, capsys):
         assert run.wait() == -signal.SIGKILL and not run_done(out) # it did not end by itself
         if moment() and last():
             saved = int(latest_checkpoint(out).name[-8:])
-            assert saved < last() and len(load_file(latest_checkpoint(out)/"memory-0.safetensors")["x"]) == 4 # steps are lost, the buffer is not
+            assert saved < last() and len(load_file(latest_checkpoint(out)/"memory-0.safetensors")["0.x"]) == 4 # steps are lost, the buffer is not
     same_result(train_align(replace(dro, out_dir=str(out))), whole) # its config is the command line's
     assert "resumed at step 16" in capsys.readouterr().out
 

@@ -129,12 +129,12 @@ def by_hand(policy, z, z_l, eps, sigma, lq, energy):
 
 
 def test_margins_by_hand(moved):
-    policy, (z, given, eps, sigma, lq) = moved
+    policy, (z, given, eps, sigma, lq, text) = moved
     energy = SobolevEnergy(1.5)
     def loser(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond)
     def own(policy, z, eps, sigma, cond, given): return adversary_loser(policy, z, eps, sigma, cond, adapters=("reference", "policy"))
     def margins(loser, eps=eps):
-        with torch.no_grad(): return pair_margin(*as_dpo_gaps(policy, (z, given, eps, sigma, lq), energy, loser)[:2])
+        with torch.no_grad(): return pair_margin(*as_dpo_gaps(policy, (z, given, eps, sigma, lq, text), energy, loser)[:2])
     for f in (loser, training.given_loser):
         right = by_hand(policy, z, f(policy, z, eps, sigma, lq, given), eps, sigma, lq, energy)
         assert torch.allclose(margins(f).double(), right, rtol=1e-2, atol=1e-6) and right.abs().min() > 1e-5
@@ -149,7 +149,7 @@ def test_held_out_preference(moved, whole):
     groups, energy = [read_group(whole/"held_out_outputs", i) for i in finished_groups(whole/"held_out_outputs")], SobolevEnergy(1.5)
     table = training.held_out_preference(policy, groups, energy, 1e3, training.given_loser, 32, draws=3).set_index(["image", "metric"]).value
     for o in groups:
-        z, given, eps, sigma, lq = output_batch([o], policy, 3, 32, seed_of("held out", o.id))
+        z, given, eps, sigma, lq, _ = output_batch([o], policy, 3, 32, seed_of("held out", o.id))
         margin = by_hand(policy, z, given, eps, sigma, lq, energy)
         assert abs(table[o.id, "as_dpo_loss"]-torch.log1p((-1e3*margin).exp()).mean().item()) < 1e-3
         assert table[o.id, "accuracy"] == pytest.approx((margin > 0).double().mean().item())

@@ -59,7 +59,7 @@ def encoded(im, kind, **kw):
 
 @pytest.fixture
 def loader(monkeypatch): # the stand-in is what every name loads
-    monkeypatch.setattr(U, "load_model", lambda model, dtype: quick)
+    monkeypatch.setattr(U, "load_model", lambda *a: quick)
 
 
 @pytest.fixture
@@ -594,7 +594,7 @@ def test_rights_of_files(box):
 def test_an_answer_that_is_no_number(box, monkeypatch, capsys):
     class Nan(Quick):
         def solve(self, lq, noise, steps=None): return torch.full(noise.shape, float("nan"))
-    monkeypatch.setattr(U, "load_model", lambda model, dtype: Nan())
+    monkeypatch.setattr(U, "load_model", lambda *a: Nan())
     picture().save(box/"a.png")
     assert main(["upscale", "a.png", "-o", "b.png"]) == 1 and "not finite" in capsys.readouterr().err and not (box/"b.png").exists()
 

@@ -1,0 +1,168 @@
+"Every kind of random pipeline goes through every kind of step and run; errors come before work is lost"
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file
+
+from srnb.align import OnlineDraw
+from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
+from srnb.core import check_close, generator, quantize
+from srnb.curation import Group, read_group
+from srnb.paths import Shift
+from srnb.policies import load_adapter, text_ids
+from srnb.preference import hinge_loss
+from srnb.spectral import SobolevEnergy, l2_energy
+from srnb.training import DTYPES, DPORun, Loop, OutOfMemory, Pairs, as_dpo_loss, adapter_loss, fit, given_loser, margin_loss, preference_loss, quantized, train_dp2o
+
+KINDS = ("sd", "sdxl", "flux")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory)->dict[str, Path]:
+    "Random pipelines, and `<kind>-control`, random control branches"
+    top = tmp_path_factory.mktemp("backbones")
+    for kind in KINDS: write_tiny_control(load_backbone(write_tiny(kind, top/kind)), top/f"{kind}-control")
+    return {n: top/n for k in KINDS for n in (k, f"{k}-control")}
+
+
+def backbone(folders, kind, prompts=("a tree",), **options):
+    return load_backbone(folders[kind], BackboneOptions(control=str(folders[f"{kind}-control"]), **options), prompts=prompts)
+
+
+def groups(n=2, m=4)->list[Group]:
+    g = generator(0)
+    return [Group(f"p{i}", *(quantized(torch.rand(s, generator=g)).float().div(255) for s in ((3, 16, 16), (3, 64, 64), (m, 3, 64, 64))), "a tree" if i else "") for i in range(n)]
+
+
+def pairs()->Pairs:
+    bank = groups()
+    return Pairs([quantized(o.lq) for o in bank], [quantized(o.sr[:2]) for o in bank], [quantized(o.sr[2:]) for o in bank], torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
+
+
+def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
+    if method == "sft": return adapter_loss(groups(), policy, 2, 64, 0), None, None, None
+    if method == "dp2o": return *preference_loss(pairs(), policy, 100., 1, 64, 0), None, math.log(2)
+    if method == "as_dpo": return as_dpo_loss(groups(), policy, 100., SobolevEnergy(1.5), given_loser, 2, 64, 0), None, None, math.log(2)
+    draw = OnlineDraw(groups(), policy, 2, 64, 0, cells=2, every=1, capacity=2, refresh=2)
+    return *margin_loss(draw, policy, lambda m: hinge_loss(m, .001), None, l2_energy), draw, .001 # the gate: both gaps are 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["sft", "dp2o", "as_dpo", "dro"])
+def test_step(folders, tmp_path, kind, method):
+    policy = backbone(folders, kind, checkpointing=kind == "flux")
+    policy.add_lora(4, name="reference")
+    if method == "dro": policy.add_lora(4, name="snapshot"); policy.off |= {"snapshot"}
+    policy.add_lora(4)
+    loss, backward, memory, start = steps_of(method, policy)
+    frozen = {n: p.clone() for n, p in policy.net.named_parameters() if not p.requires_grad and "snapshot" not in n}
+    trained = {n: p.clone() for n, p in policy.net.named_parameters() if p.requires_grad}
+    assert trained and all(".policy." in n for n in trained)
+    weights, log = fit(policy.net, loss, Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2), tmp_path, backward, memory)
+    if start is not None: check_close(log.loss[0], start, rtol=1e-5)
+    now = dict(policy.net.named_parameters())
+    assert all(torch.equal(now[n], p) for n, p in frozen.items()) and any((now[n]-p).abs().max() > 1e-3 for n, p in trained.items())
+    assert set(load_file(tmp_path/"checkpoint-00000002"/"trained.safetensors")) < set(now) and not (tmp_path/"checkpoint-00000002"/"model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient(folders, kind):
+    "What is trained of a whole control branch has a gradient: several processes would wait for one that never comes"
+    policy = backbone(folders, kind, train="whole", checkpointing=True); params = policy.add_copy("controlnet")
+    loss, _ = preference_loss(pairs(), policy, 100., 1, 64, 0)
+    loss(policy.net, 0, 0)[0].mean().backward()
+    named = {n: p for n, p in policy.net.named_parameters() if p.requires_grad}
+    assert [n for n, p in named.items() if p.grad is None] == [] and {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
+
+
+def test_learns(folders):
+    "Winners and losers in the right places: white wins, black loses, and steps move the margin up"
+    white = Pairs([torch.full((3, 16, 16), 128, dtype=torch.uint8)], [torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)], [torch.zeros(2, 3, 64, 64, dtype=torch.uint8)], torch.ones(1, 2, 2))
+    policy = backbone(folders, "flux"); params = policy.add_lora(8)
+    loss, _ = preference_loss(white, policy, 50., 1, 64, 0); opt = torch.optim.Adam(params, 3e-3)
+    for k in range(12):
+        values, logs = loss(policy.net, k, 0)
+        opt.zero_grad(); values.mean().backward(); opt.step()
+    assert logs["gap_w"] < logs["gap_l"] and values.mean() < math.log(2)
+    assert len(white.latents) == 1 # the candidates were encoded once
+
+
+@pytest.mark.parametrize("kind,train,precision", [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "bf16")])
+def test_run(folders, tmp_path, kind, train, precision):
+    "DP2O-SR end to end with prompts; the adapter is read back and gives the same samples, the base's are untouched"
+    from srnb.data import embedded_photos
+    ids = [p.id for split in ("train", "held_out") for p in embedded_photos(split)[:1]]
+    (tmp_path/"prompts.json").write_text(json.dumps(dict.fromkeys(ids, "a tree")))
+    options = BackboneOptions(control=str(folders[f"{kind}-control"]), train=train)
+    cfg = DPORun(str(tmp_path/"out"), backbone=str(folders[kind]), options=options, prompts=str(tmp_path/"prompts.json"), size=64, patch=64, places=1, take=1, m=2, n=1,
+                 reward="offline_fr", judges=("psnr_y",), groups=1, steps=2, eval_m=1, rank=4, precision=precision, loop=Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2))
+    out = train_dp2o(cfg)
+    before, after = (read_group(out/n, ids[1]) for n in ("before", "after"))
+    assert before.prompt == "a tree" and (before.sr-after.sr).abs().max() > 1/255
+    from srnb.curation import group_seeds
+    policy = load_backbone(cfg.backbone, options, dtype=DTYPES[precision], prompts=["a tree"])
+    def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
+    check_close(sample(), before.sr)
+    load_adapter(policy, out/"adapter"); check_close(sample(), after.sr)
+    with pytest.raises(ValueError, match="has none for"):
+        (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"})); train_dp2o(replace(cfg, out_dir=str(tmp_path/"lost")))
+    assert not (tmp_path/"lost").exists()
+
+
+def response(code): return httpx.Response(code, request=httpx.Request("GET", "https://example.org"))
+
+@pytest.mark.parametrize("error,message", [
+    (GatedRepoError("gated", response=response(403)), "accept its licence"), (RepositoryNotFoundError("no", response=response(404)), "check the name"),
+    (LocalEntryNotFoundError("offline"), "check the network"), (OSError("no file named model.safetensors"), "missing or damaged")])
+def test_download(error, message):
+    with pytest.raises(BackboneError, match=message):
+        with _reading("owner/name", "unet"): raise error
+    with pytest.raises(BackboneError, match="licence" if isinstance(error, GatedRepoError) else "missing or damaged"):
+        with _reading("owner/name", "unet"):
+            try: raise error
+            except Exception as e: raise OSError("wrapped by diffusers") from e
+
+
+def test_hub_name_offline(monkeypatch):
+    "A name on the Hub that cannot be reached says so, and is not searched for ever"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneError, match="owner/none"): load_backbone("owner/none")
+
+
+def test_out_of_memory(folders, tmp_path):
+    def loss(model, step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(OutOfMemory, match="step 0 does not fit.*checkpointing.*adamw_8bit"): fit(torch.nn.Linear(2, 2), loss, Loop(steps=2), tmp_path)
+
+
+def test_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
+    with pytest.raises(ValueError, match="small policy"): train_dp2o(DPORun(str(tmp_path/"a"), options=BackboneOptions(guidance=2.)))
+    with pytest.raises(ValueError, match="multiples of the network's stride 16"): train_dp2o(DPORun(str(tmp_path/"b"), backbone=str(folders["sd"]), size=72, patch=72))
+    (tmp_path/"p.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must map ids"): DPORun(str(tmp_path/"c"), prompts=str(tmp_path/"p.json"))
+    assert not any((tmp_path/n).exists() for n in "abc")
+
+
+def test_v_prediction(folders, tmp_path):
+    "SD2.1's prediction type is read from its scheduler; the sample differs from that of noise prediction"
+    a, b = (load_backbone(write_tiny("sd", tmp_path/p, prediction=p)) for p in ("epsilon", "v_prediction"))
+    lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
+    assert type(b.path).__name__ == "SDV" and (a.sample(lq, [0], 3)-b.sample(lq, [0], 3)).abs().max() > .02
+
+
+def test_papermill(folders, root, tmp_path, clean_env):
+    "The experiment notebook takes a backbone by its name"
+    options = f"{{control: {folders['flux-control']}}}"
+    cmd = [sys.executable, "-m", "papermill", str(root/"nbs/train_dp2o.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "backbone", "flux",
+           "-y", f"{{backbones: {{flux: {folders['flux']}}}, options: {options}}}", "-p", "out_dir", str(tmp_path/"run")]
+    done = subprocess.run(cmd, cwd=root, env=dict(clean_env, IN_TEST="1"), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(folders["flux"]) in (tmp_path/"out.ipynb").read_text()
