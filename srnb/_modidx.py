@@ -668,7 +668,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'srnb.upscale': { 'srnb.upscale.Clock': ('upscale.html#clock', 'srnb/upscale.py'),
                               'srnb.upscale.Clock.__call__': ('upscale.html#clock.__call__', 'srnb/upscale.py'),
                               'srnb.upscale.Clock.__init__': ('upscale.html#clock.__init__', 'srnb/upscale.py'),
-                              'srnb.upscale.DoesNotFit': ('upscale.html#doesnotfit', 'srnb/upscale.py'),
                               'srnb.upscale.Plan': ('upscale.html#plan', 'srnb/upscale.py'),
                               'srnb.upscale.Refused': ('upscale.html#refused', 'srnb/upscale.py'),
                               'srnb.upscale.Usage': ('upscale.html#usage', 'srnb/upscale.py'),

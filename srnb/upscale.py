@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COLOR_FIXES', 'LUMA', 'PILLOW_MODES', 'READS', 'ENDS', 'SAVES', 'SAMPLERS', 'noise_window', 'noise_for', 'mirror',
            'cuts', 'layout', 'ramps', 'solve_tiles', 'on_latents', 'usual_sampler', 'view', 'solve_blended',
-           'adain_fix', 'low_band', 'wavelet_fix', 'run_whole', 'run_decoder', 'bytes_per_pixel', 'DoesNotFit',
-           'free_memory', 'free_on', 'Plan', 'plan_tiles', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused',
-           'check_pillow', 'from_cmyk', 'of_pillow', 'has_bf16', 'load_model', 'Clock', 'upscale', 'open_image',
-           'check_holds', 'save_image', 'upscale_file', 'Usage', 'plain', 'tell', 'find_inputs', 'find_outputs',
-           'read_seeds', 'make_parser', 'reason', 'terminated_as_interrupted', 'main']
+           'adain_fix', 'low_band', 'wavelet_fix', 'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory',
+           'free_on', 'Plan', 'plan_tiles', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'check_pillow',
+           'from_cmyk', 'of_pillow', 'has_bf16', 'load_model', 'Clock', 'upscale', 'open_image', 'check_holds',
+           'save_image', 'upscale_file', 'Usage', 'plain', 'tell', 'find_inputs', 'find_outputs', 'read_seeds',
+           'make_parser', 'reason', 'terminated_as_interrupted', 'main']
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-003
 import argparse
@@ -42,6 +42,7 @@ from . import __version__
 from .core import _replace, bicubic, check_images, generator, seed_of
 from .data import find_images
 from .paths import VP, Shift, sample_ddim, sample_ddpm
+from .plan import DoesNotFit
 from .policies import Policy, from_pretrained, in_eval, load_adapter, text_ids
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-008
@@ -294,9 +295,6 @@ def bytes_per_pixel(
     return known[run]
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-054
-class DoesNotFit(MemoryError):
-    "The work needs more memory than there is"
-
 def free_memory()->int: # bytes
     "Memory that can be had: of the machine, or of the container if that is less"
     free = psutil.virtual_memory().available

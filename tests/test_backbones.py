@@ -95,7 +95,7 @@ def test_learns(folders):
     assert len(white.latents) == 1 # the candidates were encoded once
 
 
-@pytest.mark.parametrize("kind,train,precision", [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "bf16")])
+@pytest.mark.parametrize("kind,train,precision", [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")])
 def test_run(folders, tmp_path, kind, train, precision):
     "DP2O-SR end to end with prompts; the adapter is read back and gives the same samples, the base's are untouched"
     from srnb.data import embedded_photos
@@ -110,8 +110,9 @@ def test_run(folders, tmp_path, kind, train, precision):
     from srnb.curation import group_seeds
     policy = load_backbone(cfg.backbone, options, dtype=DTYPES[precision], prompts=["a tree"])
     def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
-    check_close(sample(), before.sr)
-    load_adapter(policy, out/"adapter"); check_close(sample(), after.sr)
+    moved, rounding = (before.sr-after.sr).abs().mean(), 1e-6 if precision == "no" else .003 # bfloat16's matrix products round as memory happens to lie
+    assert moved > 2*rounding and (sample()-before.sr).abs().mean() < rounding
+    load_adapter(policy, out/"adapter"); assert (sample()-after.sr).abs().mean() < rounding
     with pytest.raises(ValueError, match="has none for"):
         (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"})); train_dp2o(replace(cfg, out_dir=str(tmp_path/"lost")))
     assert not (tmp_path/"lost").exists()
@@ -158,11 +159,12 @@ def test_v_prediction(folders, tmp_path):
     assert type(b.path).__name__ == "SDV" and (a.sample(lq, [0], 3)-b.sample(lq, [0], 3)).abs().max() > .02
 
 
+@pytest.mark.timeout(600)
 def test_papermill(folders, root, tmp_path, clean_env):
     "The experiment notebook takes a backbone by its name"
     options = f"{{control: {folders['flux-control']}}}"
     cmd = [sys.executable, "-m", "papermill", str(root/"nbs/train_dp2o.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "backbone", "flux",
            "-y", f"{{backbones: {{flux: {folders['flux']}}}, options: {options}}}", "-p", "out_dir", str(tmp_path/"run")]
-    done = subprocess.run(cmd, cwd=root, env=dict(clean_env, IN_TEST="1"), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(cmd, cwd=root, env=dict(clean_env, IN_TEST="1"), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(folders["flux"]) in (tmp_path/"out.ipynb").read_text()

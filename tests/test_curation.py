@@ -108,7 +108,7 @@ def begun(tmp, rank): return (tmp/f"journal{rank}").read_text().split() if (tmp/
 
 
 def tree(folder): # path -> bytes, of every file; of the configuration what must agree
-    files = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in folder.rglob("*")}
+    files = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in folder.rglob("*") if not p.name.startswith(".part-")} # what a killed process was writing may stay
     return dict(files, **{"config.json": json.loads(files["config.json"])["params"]})
 
 

