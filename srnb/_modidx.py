@@ -635,6 +635,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.evaluate': ('training.html#evaluate', 'srnb/training.py'),
                                'srnb.training.evaluate_base': ('training.html#evaluate_base', 'srnb/training.py'),
                                'srnb.training.fit': ('training.html#fit', 'srnb/training.py'),
+                               'srnb.training.freed': ('training.html#freed', 'srnb/training.py'),
                                'srnb.training.from_config': ('training.html#from_config', 'srnb/training.py'),
                                'srnb.training.given_loser': ('training.html#given_loser', 'srnb/training.py'),
                                'srnb.training.group_batch': ('training.html#group_batch', 'srnb/training.py'),

@@ -31,7 +31,7 @@ from .preference import dpo_loss, hinge_loss
 from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
 from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_prompts, choose,
-                           drift_states, evaluate, fit, inputs_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
+                           drift_states, evaluate, fit, freed, inputs_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
                            preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, train_adapter, train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
@@ -184,11 +184,11 @@ class OnlineDraw:
         refresh:int=8,      # new ones at every micro-batch
     ):
         self.groups, self.policy, self.n, self.patch, self.seed, self.cells, self.every, self.refresh = groups, policy, n, patch, seed, cells, every, refresh
-        self.capacity, self.buffers, self.taken = capacity, {}, -1 # a buffer for every micro-batch of a step, wherever it is done
+        self.capacity, self.buffers, self.used, self.taken = capacity, {}, set(), -1 # a buffer for every micro-batch of a step, wherever it is done
 
     def buffer(self, part:int)->Buffer: return self.buffers.setdefault(part, Buffer(self.capacity))
 
-    def tensors(self)->dict[str, Tensor]: return {f"{part}.{k}": o for part, b in self.buffers.items() for k, o in b.tensors().items()}
+    def tensors(self)->dict[str, Tensor]: return {f"{part}.{k}": o for part, b in self.buffers.items() if part in self.used for k, o in b.tensors().items()} # other processes have the others
 
     def restore(self, tensors:dict[str, Tensor])->None:
         for part in {int(k.split(".")[0]) for k in tensors}:
@@ -196,6 +196,7 @@ class OnlineDraw:
 
     def __call__(self, step, part): # -> x, sigma, target, cond (2n,...), weight (n,1,1), for `margin_loss`
         policy, seed, buffer = self.policy, seed_at(self.seed, "online", step, part), self.buffer(part)
+        self.used.add(part)
         if step % self.every == 0 and self.taken != step: take_snapshot(policy); self.taken = step
         _, z, noise, _, lq, text = output_batch(self.groups, policy, self.refresh, self.patch, seed)
         offset = 1-torch.rand(len(z), generator=generator(seed_of(seed, "offset")))
@@ -303,6 +304,8 @@ def train_align(
         adversary = train_adapter(home/f"adversary-{cfg.adversary_rank}-{cfg.seed}", policy, "adversary", cfg.adversary_rank, cfg.seed,
                                   adapter_loss(groups, policy, cfg.batch, cfg.patch, seed_of(cfg.seed, "imitate"), imitate=True), cfg.imitation,
                                   dict(shared, rank=cfg.adversary_rank, loop=asdict(cfg.imitation)))
+        policy = None
+        freed()
         policy = load_adapter(base(), adversary, "adversary", on=False)
     if cfg.losers == "policy":
         policy.add_lora(cfg.rank, name="snapshot")
@@ -325,14 +328,18 @@ def train_align(
             put(net, chosen)
             save_adapter(policy, out/("adapter" if variant == "after" else variant))
     state.wait_for_everyone()
+    scale = policy.codec.scale
+    policy = net = loss = backward = memory = models = clean = None # one backbone in memory
     for variant in ends:
+        clean = None
+        freed()
         clean = load_adapter(base(), out/("adapter" if variant == "after" else variant))
         make_bank(out/f"bank-{variant}", clean, probes, cfg.eval_m, steps, note=note, prompts=probe_prompts)
     with state.main_process_first():
         if run_done(out): return out
         tables = []
         for variant in ends:
-            table = evaluate(before, out/f"bank-{variant}", [i for i, _, _ in probes], reward, bounds, judges, policy.codec.scale)
+            table = evaluate(before, out/f"bank-{variant}", [i for i, _, _ in probes], reward, bounds, judges, scale)
             tables.append(table[(table.variant == "after") | (variant == "after")].replace(dict(variant=dict(after=variant))))
         tables += [seed_spread(bank, [i for i, _, _ in probes], variant) for variant, bank in (("before", before), *((v, out/f"bank-{v}") for v in ends))]
         write_table(out/"metrics.parquet", pd.concat(tables, ignore_index=True))

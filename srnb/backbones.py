@@ -225,10 +225,10 @@ class Texts:
     def __init__(self,
         encode:Callable|None=None,  # prompts -> (text (B,L,D), pooled (B,P) or None); None: only what is in the folder
         folder:str|Path|None=None,  # where to keep them; None: in memory alone
-        source:str="",              # of the encoders; another source's folder is refused
+        **key,                      # of the encoders: source, precision; a folder with another key is refused
     ):
         self.rows, self.encoder = {}, encode
-        self.folder = None if folder is None else open_run(folder, dict(encoders=source))
+        self.folder = None if folder is None else open_run(folder, key)
 
     def add(self, prompts:Iterable[str])->None:
         "Encode what is not there yet; the encoders are loaded at most once, and only if they are needed"
@@ -313,6 +313,7 @@ def _reading(source:str, what:str):
     "Turn the many errors of a download into one that says what to do"
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     try: yield
+    except torch.OutOfMemoryError: raise
     except GatedRepoError as e: raise BackboneError(f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)") from e
     except RepositoryNotFoundError as e: raise BackboneError(f"there is no {source} on the Hub, or it is private: check the name, or log in (`hf auth login`)") from e
     except (LocalEntryNotFoundError, HfHubHTTPError) as e: raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, or give a local folder ({e})") from e
@@ -430,7 +431,7 @@ def load_backbone(
                 **{o: None for o in ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser) if o in index}).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
     guidance = kind.guidance if options.guidance is None else options.guidance
-    texts = Texts(encode, options.texts, source)
+    texts = Texts(encode, options.texts, encoders=source, max_tokens=options.max_tokens, dtype=str(dtype))
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
     texts.encoder = None # the closure would keep nothing, but a prompt that comes late shall be an error and not a second load
     net = kind.net(source, dtype, options.control, options, trained_on)
@@ -441,8 +442,10 @@ def load_backbone(
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
     net.lora_targets = net.lora_parts["base" if options.train == "base" else "control"]
-    return Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
-                    1. if kind.guidance is None else guidance, options.negative)
+    policy = Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
+                      1. if kind.guidance is None else guidance, options.negative)
+    policy.settings += (options.max_tokens, options.tile_vae)
+    return policy
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-039
 def _tiny_clip(hidden:int, projection:bool):

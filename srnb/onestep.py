@@ -29,7 +29,7 @@ from .nets import OneStepConfig, OneStepUNet
 from .paths import Shift
 from .policies import PixelCodec, Policy, from_pretrained, policy_folder, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
-from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, processes, put, record_of
+from .training import DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_unseen, choose, fit, main, photo_sets, processes, put, record_of, refuse_fsdp
 from .training import RUNS as PREFERENCE_RUNS
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-007
@@ -196,6 +196,7 @@ def train_ctmsr(
 )->Path:          # the run's folder: config.json, log.parquet, policy/, metrics.parquet
     "Consistency training, matching, evaluation; resumes, and says so if it is already done"
     state, out = processes(cfg.loop, cfg.match_loop), Path(cfg.out_dir)
+    refuse_fsdp()
     judges = [METRICS[n] for n in cfg.judges]
     check_available(judges, (cfg.size, cfg.size))
     train, test = photo_sets(cfg.photos, cfg.held_out)

@@ -364,6 +364,10 @@ def load_adapter(
             if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
             else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
+    for path, layer in layers_of(policy.net): # a copy of a part is trained, and written, in float32
+        if name in getattr(layer, "modules_to_save", {}) if hasattr(layer, "original_module") else False:
+            weights = load_file(folder/"adapter_model.safetensors")
+            layer.modules_to_save[name].float().load_state_dict({k.removeprefix(f"{path}."): v for k, v in weights.items() if k.startswith(f"{path}.")})
     have = set(_peft().get_peft_model_state_dict(policy.net, adapter_name=name))
     if saved != have: raise ValueError(f"{folder} does not fit this network: {len(saved ^ have)} weights have no partner, first {min(saved ^ have)}")
     policy.off = policy.off-{name} if on else policy.off | {name}

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'DEGRADATIONS', 'PATHS', 'SAMPLERS', 'DTYPES', 'REWARDS', 'NORMALISERS', 'HPO', 'METRICS', 'LOSERS',
-           'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'processes', 'OutOfMemory', 'fit', 'put',
-           'check_folders', 'check_prompts', 'choose', 'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun',
-           'train_sft', 'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized', 'group_batch',
-           'margin_loss', 'preference_loss', 'DPORun', 'photo_sets', 'policy_of', 'train_what', 'prompts_of',
-           'inputs_of', 'refuse_fsdp', 'restored', 'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss',
-           'given_loser', 'as_dpo_gaps', 'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone', 'drift_states',
-           'drift_of', 'kept_drifts', 'train_asasr', 'held_out_preference', 'spectra', 'from_config', 'main']
+           'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'processes', 'refuse_fsdp',
+           'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'choose', 'record_of', 'seed_at',
+           'draw_batch', 'sft_loss', 'SFTRun', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank',
+           'quantized', 'group_batch', 'margin_loss', 'preference_loss', 'DPORun', 'photo_sets', 'policy_of',
+           'train_what', 'prompts_of', 'inputs_of', 'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch',
+           'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone',
+           'drift_states', 'drift_of', 'kept_drifts', 'train_asasr', 'held_out_preference', 'spectra', 'from_config',
+           'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
+import gc
 import json
 import os
 import shutil
@@ -20,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -95,6 +98,8 @@ def latest_checkpoint(folder:str|Path)->Path|None:
 
 def _save(accelerator, folder:Path, step:int, average:dict[str, Tensor], rows:list, sums:dict, memory)->None:
     part = folder/f".part-{step:08d}"
+    if accelerator.is_main_process: shutil.rmtree(part, ignore_errors=True) # of a run that was killed here
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(part))
     if memory is not None: save_file(memory.tensors(), part/f"memory-{accelerator.process_index}.safetensors") # every process remembers its own micro-batches
     accelerator.wait_for_everyone() # all have written
@@ -136,12 +141,21 @@ def processes(
     "The processes that run this together: as `accelerate launch` or torchrun started them, on GPUs or, where there is none, on CPUs"
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) != state.num_processes:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError("DeepSpeed steps an optimiser of its own at every micro-batch, which this loop does not know: launch with nbs/accelerate/ddp.yaml or fsdp.yaml")
+    long = dict(timeout=timedelta(hours=12)) if world > 1 else {} # one process encodes prompts and judges while the others wait
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), **long)
+    if world != state.num_processes:
         raise RuntimeError(f"WORLD_SIZE says that {world} processes work together, and Accelerate sees {state.num_processes}; start them by accelerate launch or torchrun")
     for loop in loops:
         if loop.parts % world: raise ValueError(f"{world} processes cannot share the {loop.parts} micro-batches of a step evenly: set loop.parts to a multiple of {world}")
     return state
+
+def refuse_fsdp()->None:
+    "Raise in a run that needs the network whole"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("this run needs the network whole while it is trained, and FSDP cuts it into pieces: launch it with nbs/accelerate/ddp.yaml")
 
 class OutOfMemory(RuntimeError):
     "A step does not fit; the text says what to make smaller"
@@ -163,8 +177,10 @@ def fit(
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
     out = Path(out_dir)
-    accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", log_with="tensorboard", project_dir=str(out))
+    accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", log_with="tensorboard", project_dir=str(out), # the run's own precision decides, whatever the launcher says
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]) # no buffer ever changes, and one process may do more forwards than another
     rank, world = accelerator.process_index, accelerator.num_processes
     params = [p for p in model.parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
@@ -341,6 +357,7 @@ def train_sft(
 )->Path:        # the run's folder; the policy is in its folder `policy`
     "Train a base; resumes, and says so if it is already done"
     out, state = Path(cfg.out_dir), processes(cfg.loop)
+    refuse_fsdp()
     if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
     if (out/"policy"/"policy.json").exists():
         print(f"{os.path.relpath(out)} is done"); return out
@@ -628,10 +645,10 @@ def inputs_of(
     crops = [(f"{p.id}-{k}", *make_pair(p, cfg.size, degradation, place=k)) for p in train for k in range(cfg.places)]
     return crops, [(p.id, *make_pair(p, cfg.size, degradation)) for p in test]
 
-def refuse_fsdp()->None:
-    "Raise in a run that samples from the network it trains"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("this run samples from the network while it is trained, which FSDP cuts into pieces: launch it with DDP, or with DeepSpeed's stage 1 or 2")
+def freed()->None:
+    "Give back the device's memory of what nobody holds any more"
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def restored(
     cfg,                # a run's config
@@ -657,6 +674,7 @@ def train_dp2o(
     judges = [METRICS[n] for n in cfg.judges if n not in {m.name for m in reward.metrics}]
     check_available([*reward.metrics, *judges], (cfg.size, cfg.size))
     state, out = processes(cfg.loop), Path(cfg.out_dir)
+    if cfg.safeguard: refuse_fsdp()
     with state.main_process_first():
         if (out/"config.json").exists(): open_run(out, record_of(cfg)) # another config's folder is refused before any work
         done = run_done(out)
@@ -963,11 +981,15 @@ def train_asasr(
     shared = dict(note, outputs=cfg.outputs, ids=[i for i, _, _ in crops], batch=cfg.batch, patch=cfg.patch, precision=cfg.precision)
     reference = train_adapter(home/"reference", policy, "reference", cfg.rank, 0, adapter_loss(groups, policy, cfg.batch, cfg.patch, 0),
                               cfg.sft, dict(shared, rank=cfg.rank, loop=asdict(cfg.sft)))
+    policy = None
+    freed()
     policy = load_adapter(base(), reference, "reference")
     if cfg.loser == "adversary":
         adversary = train_adapter(home/f"adversary-{cfg.adversary_rank}-{cfg.seed}", policy, "adversary", cfg.adversary_rank, cfg.seed,
                                   adapter_loss(groups, policy, cfg.batch, cfg.patch, seed_of(cfg.seed, "imitate"), imitate=True), cfg.imitation,
                                   dict(shared, rank=cfg.adversary_rank, seed=cfg.seed, loop=asdict(cfg.imitation)))
+        policy = None
+        freed()
         policy = load_adapter(load_adapter(base(), reference, "reference"), adversary, "adversary", on=False)
     policy.add_lora(cfg.rank, seed=cfg.seed)
     net = policy.net.to(state.device)
@@ -983,14 +1005,21 @@ def train_asasr(
         write_table(out/"drift.parquet", drifts)
         save_adapter(policy, out/"adapter")
     state.wait_for_everyone()
-    start, end = load_adapter(base(), reference, "reference"), load_adapter(load_adapter(base(), reference, "reference"), out/"adapter")
     before = home/(f"before-{cfg.eval_m}" if cfg.banks else "before")
-    for bank, who in ((before, start), (out/"after", end)): make_bank(bank, who, probes, cfg.eval_m, cfg.steps, note=note, prompts=probe_prompts)
+    preferred = held_out_preference(policy, held_out, energy, cfg.kappa, losers[cfg.loser], cfg.patch) if cfg.loser != "none" and state.is_main_process else None
+    scale = policy.codec.scale
+    policy = net = loss = models = None # one backbone in memory
+    for bank, adapters in ((before, ()), (out/"after", (out/"adapter",))):
+        who = None
+        freed()
+        who = load_adapter(base(), reference, "reference")
+        for folder in adapters: load_adapter(who, folder)
+        make_bank(bank, who, probes, cfg.eval_m, cfg.steps, note=note, prompts=probe_prompts)
     with state.main_process_first():
         if run_done(out): return out
         write_table(out/"psd.parquet", spectra(before, out/"after", [i for i, _, _ in probes]))
-        table = evaluate(before, out/"after", [i for i, _, _ in probes], None, None, judges, policy.codec.scale)
-        if cfg.loser != "none": table = pd.concat([table, held_out_preference(policy, held_out, energy, cfg.kappa, losers[cfg.loser], cfg.patch)], ignore_index=True)
+        table = evaluate(before, out/"after", [i for i, _, _ in probes], None, None, judges, scale)
+        if preferred is not None: table = pd.concat([table, preferred], ignore_index=True)
         write_table(out/"metrics.parquet", table)
     return out
 

@@ -37,6 +37,9 @@ def runs(tmp_path_factory, tiny)->dict[str, tuple[Path, Path]]:
     flux = str(write_tiny("flux", top/"flux"))
     configs = dict(
         dp2o=dict(COMMON, run="dp2o", backbone=str(tiny), groups=1),
+        more=dict(COMMON, run="dp2o", backbone=str(tiny), groups=1, loop=dict(LOOP, parts=4, ema=.5)), # two micro-batches a process
+        ctmsr=dict(run="ctmsr", degradation="resshift_test", versions=1, max_side=160, channels=[16, 16], blocks=[1, 1], tail=8, patch=48, window=32, batch=1, size=96, eval_m=1,
+                   judges=["psnr_y"], refresh=2, take=1, first=4, last=4, precision="no", loop=dict(LOOP, ema=.9), match_loop=dict(LOOP, ema=.9)), # processes with different numbers of forwards
         guarded=dict(COMMON, run="dp2o", backbone=str(tiny), groups=1, safeguard=True),
         asasr=dict({k: v for k, v in COMMON.items() if k not in ("m", "n", "reward")}, run="asasr", backbone=str(tiny), outputs=["base"], loser="riesz", adversary_rank=4, batch=2, sft=LOOP, imitation=LOOP),
         online=dict(COMMON, run="align", backbone=str(tiny), losers="policy", batch=2, every=2, capacity=3, refresh=2, cells=2),
@@ -59,6 +62,18 @@ def test_two_are_one(runs, name):
     same_result(one, two)
 
 
+def test_sums(runs):
+    "With two micro-batches in each process only the order of the sum differs"
+    one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs["more"])
+    assert one.keys() == two.keys() and all((one[k]-two[k]).norm() <= 1e-2*one[k].norm() for k in one) and any(v.abs().sum() > 0 for k, v in one.items() if "lora_B" in k)
+
+
+def test_one_step(runs):
+    "A run whose processes do different numbers of forwards comes to an end, and learns what one process learns"
+    one, two = (load_file(next((o/"policy").glob("*.safetensors"))) for o in runs["ctmsr"])
+    assert one.keys() == two.keys() and all((one[k].float()-two[k].float()).norm() <= 1e-2*one[k].float().norm().clip(min=1e-3) for k in one)
+
+
 @pytest.mark.parametrize("name", ["flux", "fsdp"])
 def test_close(runs, name):
     "A transformer's matrix products may round differently from process to process: what two learn is what one learns, to that; FSDP writes it whole"
@@ -72,11 +87,11 @@ def test_close(runs, name):
     assert len(a) == 2 and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
 
 
-@pytest.mark.parametrize("file", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("file", ["ddp", "fsdp"])
 def test_examples(root, file):
     "Accelerate reads the example configs"
     config = load_config_from_file(str(root/f"nbs/accelerate/{file}.yaml"))
-    assert config.num_processes == 8 and config.distributed_type == dict(ddp="MULTI_GPU", fsdp="FSDP", deepspeed="DEEPSPEED")[file]
+    assert config.num_processes == 8 and config.distributed_type == dict(ddp="MULTI_GPU", fsdp="FSDP")[file]
 
 
 @pytest.mark.parametrize("name", ["dp2o", "flux"])
