@@ -1,4 +1,5 @@
 "Every kind of random pipeline goes through every kind of step and run; errors come before work is lost"
+import gc
 import json
 import math
 import subprocess
@@ -143,6 +144,18 @@ def test_hub_name_offline(monkeypatch):
 def test_out_of_memory(folders, tmp_path):
     def loss(model, step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with pytest.raises(OutOfMemory, match="step 0 does not fit.*checkpointing.*adamw_8bit"): fit(torch.nn.Linear(2, 2), loss, Loop(steps=2), tmp_path)
+
+
+def test_eight_bits(tmp_path):
+    "The 8-bit optimiser trains, and its states are bytes"
+    from bitsandbytes.optim import AdamW8bit
+    net, seen = torch.nn.Linear(64, 128), []
+    def loss(model, step, part):
+        seen.extend(o for o in gc.get_objects() if isinstance(o, AdamW8bit) and step == 4)
+        return model(torch.ones(4, 64)).square().mean(1), {}
+    _, log = fit(net, loss, Loop(steps=5, lr=1e-2, warmup=1, log_every=1, save_every=5, optimiser="adamw_8bit"), tmp_path)
+    assert log.loss.iloc[-1] < log.loss.iloc[0] and any(s["state1"].dtype == torch.uint8 for o in seen for s in o.state.values())
+    with pytest.raises(ValueError, match="adamw, adamw_8bit"): Loop(optimiser="sgd")
 
 
 def test_refused(folders, tmp_path):
