@@ -111,7 +111,7 @@ def test_run(folders, tmp_path, kind, train, precision):
     from srnb.curation import group_seeds
     policy = load_backbone(cfg.backbone, options, dtype=DTYPES[precision], prompts=["a tree"])
     def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
-    moved, rounding = (before.sr-after.sr).abs().mean(), 1e-6 if precision == "no" else .003 # bfloat16's matrix products round as memory happens to lie
+    moved, rounding = (before.sr-after.sr).abs().mean(), 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
     assert moved > 2*rounding and (sample()-before.sr).abs().mean() < rounding
     load_adapter(policy, out/"adapter")
     if train == "whole": assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}

@@ -132,7 +132,7 @@ def test_two_processes(whole, tmp_path, monkeypatch):
     for r, p in enumerate(team): assert p.wait(60) == 0, (tmp_path/f"errors{r}").read_text()
     each = [begun(tmp_path, r) for r in (0, 1)]
     assert sorted(i for e in each for i in e if i != "score") == sorted(f"photo{k}" for k in range(GROUPS)) # every group once
-    assert sum(e.count("score") for e in each) == GROUPS and all(len(set(e)) > 2 for e in each) # scored once; both did something
+    assert sum(e.count("score") for e in each) == GROUPS # scored once; who did how much is the machine's choice
     assert tree(tmp_path/"bank") == tree(whole[0])
     for r in (0, 1): assert pd.read_parquet(tmp_path/f"journal{r}.parquet").equals(whole[1])
     monkeypatch.setenv("RANK", "2"); monkeypatch.setenv("WORLD_SIZE", "3")
