@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test multi bench tables pages docs docs-check fmt lock
+.PHONY: help setup demo test multi bench tables pages docs preview docs-browser docs-check fmt lock
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -49,6 +49,13 @@ pages: $(READY) ## re-execute in place the notebooks whose outputs are shown (NB
 
 docs: $(READY) ## render the site into _docs with your own Quarto
 	@$(PY) .ci/docs.py
+
+preview: $(READY) ## render the site into _docs without Quarto, plainer
+	@$(PY) .ci/docs.py --preview
+
+docs-browser: preview ## the preview in Chromium: scripts, search, slider, ranking page
+	@$(PY) -m uv pip install --quiet --python $(PY) playwright==1.65.2
+	@$(PY) .ci/browser.py
 
 docs-check: $(READY) ## check the site's sources without Quarto
 	@$(PY) .ci/site_checks.py

@@ -5,11 +5,15 @@ import base64
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import refs
 import yaml
+from docs import public
 from readme import directives
+from typeset import formulas, mathml, options, pictures, references
 
 FIGURE, NOTEBOOK = 100_000, 1_000_000                           # bytes
 FOLDERS = {"nbs/_records": 3e6, "srnb/photos": 4e6, "srnb/weights": 25e6} # bytes
@@ -115,6 +119,9 @@ def check_outputs(root:Path)->list:
                 if o.output_type == "error": bad.append(f"{where}: saved error {o.ename}: {o.evalue[:80]}")
                 if o.output_type == "stream" and "Traceback (most recent call last)" in o.text:
                     bad.append(f"{where}: a traceback among the outputs")
+                if o.get("name") == "stderr": bad.append(f"{where}: stderr on the page: {o.text.strip()[:60]}")
+                if re.search(r"/tmp/\w", str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", ""))):
+                    bad.append(f"{where}: a temporary path, which is another one next time")
                 for kind, data in o.get("data", {}).items():
                     if not kind.startswith("image/"): continue
                     n = len(data) if kind == "image/svg+xml" else len(base64.b64decode(data))
@@ -140,6 +147,11 @@ def check_images(root:Path)->list:
                 elif (n := path.stat().st_size) > FIGURE: bad.append(f"{where}: {target} has {n/1000:.0f} kB")
     return bad
 
+def headed(nbs:dict, key:str)->set: # anchors
+    "What the site sets above the source of exported functions and classes, see docs.py"
+    nb = nbs.get(Path(key).stem)
+    return {o.lower() for _, c in code(nb) if "exports" in directives(c.source) for o in public(c.source)} if nb else set()
+
 def check_links(root:Path)->list:
     "Links inside the repository lead to a file, and to a heading of it where they name one"
     nbs = notebooks(root)
@@ -158,8 +170,109 @@ def check_links(root:Path)->list:
                 bad.append(f"{source}: link to {target}, which is not there")
             elif anchor:
                 key = str(to.relative_to(root.resolve()))
-                if anchor not in anchors(text.get(key, "")):
+                if anchor not in anchors(text.get(key, "") + "\n\n" + shown.get(key, "")) | headed(nbs, key):
                     bad.append(f"{source}: link to {target}, a heading that is not there")
+    return bad
+
+def check_titles(root:Path)->list:
+    "A page has one title and, below it, one plain line that says what it is about"
+    bad = []
+    for name, nb in notebooks(root).items():
+        text = "\n\n".join(prose(c.source) for c in nb.cells if c.cell_type == "markdown")
+        if (n := len(re.findall(r"^# ", text, flags=re.M))) != 1: bad.append(f"nbs/{name}.ipynb: {n} titles, must be one")
+        said = re.search(r"^# .+\n+> (.+)$", text, flags=re.M)
+        if not said: bad.append(f"nbs/{name}.ipynb: no line of the form `> what it is about` under the title")
+        for c in nb.cells: # nbdev turns the cell of the title into front matter and drops the rest of it
+            rest = re.sub(r"^# .+|^> .+|^- [\w-]+: .+", "", c.source, flags=re.M).strip()
+            if c.cell_type == "markdown" and re.match(r"# ", c.source) and rest:
+                bad.append(f"nbs/{name}.ipynb: a cell of its own for what follows the title: {rest[:40]}")
+        if said and "$" in said[1]: bad.append(f"nbs/{name}.ipynb: TeX in the line under the title")
+    return bad
+
+def check_equations(root:Path)->list:
+    "A displayed equation has a label of its own on its page, and pandoc, which Quarto calls, makes MathML of every formula"
+    bad, found = [], []
+    for name, nb in notebooks(root).items():
+        seen = set()
+        for i, c in enumerate(nb.cells):
+            text = [c.source] if c.cell_type == "markdown" else [str(o.data["text/markdown"]) for o in c.get("outputs", [])
+                                                                  if "text/markdown" in o.get("data", {})]
+            where = f"nbs/{name}.ipynb cell {i}"
+            for tex, alone, label in (f for t in text for f in formulas(t)):
+                found.append((where, (tex, alone, label)))
+                if not alone: continue
+                if not label: bad.append(f"{where}: no label, such as {{#eq-gap}}, after $${tex[:40]}")
+                elif not label.startswith("eq-"): bad.append(f"{where}: the label {label} must begin with eq-")
+                elif label in seen: bad.append(f"{where}: a second {label} on the page")
+                seen.add(label)
+    made = mathml([f for _, f in found])
+    return bad + [f"{w}: no MathML from {f[0][:60]}" for (w, f), m in zip(found, made, strict=True) if m is None]
+
+def check_lists(root:Path)->list:
+    "No paragraph begins with a number in brackets, which pandoc takes for an item of a list"
+    bad = []
+    for name, nb in notebooks(root).items():
+        for i, c in enumerate(nb.cells):
+            if c.cell_type != "markdown": continue
+            for m in re.finditer(r"^\s*(?:\d+[.)]\s+|[-*]\s+)?\(\w{1,3}\)\s.*", prose(c.source), flags=re.M):
+                bad.append(f"nbs/{name}.ipynb cell {i}: begin with a word, this becomes a list: {m[0].strip()[:40]}")
+    return bad
+
+def check_figures(root:Path)->list:
+    "A figure has a label, a caption and alt text, stands alone in its cell, and the text sends the reader to it"
+    bad = []
+    for name, nb in notebooks(root).items():
+        sent, seen = {r for c in nb.cells if c.cell_type == "markdown" for r in references(c.source)}, set()
+        for i, c in code(nb):
+            n, said, where = pictures(c), options(c.source), f"nbs/{name}.ipynb cell {i}"
+            if not n:
+                if said.get("label", "").startswith("fig-"): bad.append(f"{where}: {said['label']} has no saved picture")
+                continue
+            lacks = [o for o in ("label", "fig-cap", "fig-alt") if not said.get(o)]
+            if lacks: bad.append(f"{where}: a figure without {', '.join(lacks)} (YAML, above the code)")
+            shows = sum(o.output_type in ("display_data", "execute_result") for o in c.outputs)
+            if shows > 1: bad.append(f"{where}: {shows} things shown in one cell, which one caption cannot name")
+            label = said.get("label", "")
+            if not label: continue
+            if not label.startswith("fig-"): bad.append(f"{where}: the label {label} must begin with fig-")
+            if label in seen: bad.append(f"{where}: a second {label} on the page")
+            if label not in sent: bad.append(f"{where}: no text refers to @{label}")
+            if said.get("fig-alt") and said.get("fig-alt") == said.get("fig-cap"): bad.append(f"{where}: alt text repeats the caption")
+            seen.add(label)
+    return bad
+
+def check_references(root:Path)->list:
+    "What a text calls by @ is on the same page"
+    bad = []
+    for name, nb in notebooks(root).items():
+        texts = [(i, c.source) for i, c in enumerate(nb.cells) if c.cell_type == "markdown"]
+        there = {label for _, t in texts for _, _, label in formulas(t)} | {options(c.source).get("label") for _, c in code(nb)}
+        bad += [f"nbs/{name}.ipynb cell {i}: @{r} is not on this page" for i, t in texts for r in references(t) if r not in there]
+    return bad
+
+class _Page(HTMLParser): # what an HTML output asks for
+    def __init__(self): super().__init__(); self.bad = []
+    def handle_data(self, data): # of styles and scripts too
+        if m := re.search(r"@import\b.*|url\([\"']?(https?:)?//.*|\bfetch\(.*", data): self.bad.append(f"loads {m[0][:60]}")
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag == "img" and not (a.get("alt") or "").strip(): self.bad.append("a picture has no alt text")
+        for key in ("src", "href", "srcset", "data"):
+            value = (a.get(key) or "").strip()
+            far = re.match(r"(https?:)?//", value)
+            if far and tag != "a": self.bad.append(f"<{tag}> loads {value[:60]}, and pages load nothing from elsewhere")
+            if value.startswith("data:image") and (n := len(value)*3//4) > FIGURE:
+                self.bad.append(f"picture of {n/1000:.0f} kB, at most {FIGURE//1000}")
+
+def check_html(root:Path)->list:
+    "HTML among the outputs loads nothing from elsewhere, and its pictures are small and say what they show"
+    bad = []
+    for name, nb in notebooks(root).items():
+        for i, c in code(nb):
+            for o in c.outputs:
+                page = _Page()
+                page.feed(str(o.get("data", {}).get("text/html", "")))
+                bad += [f"nbs/{name}.ipynb cell {i}: {p}" for p in page.bad]
     return bad
 
 def check_experiments(root:Path)->list:
@@ -279,16 +392,18 @@ def check_sizes(root:Path)->list:
     return bad
 
 
-CHECKS = [check_top, check_sidebar, check_outputs, check_images, check_links, check_commands, check_experiments,
-          check_exports, check_floors, check_traces, check_sizes]
+CHECKS = [check_top, check_sidebar, check_titles, check_outputs, check_images, check_links, check_equations, check_lists, check_figures,
+          check_references, check_html, check_commands, check_experiments, check_exports, check_floors, check_traces,
+          check_sizes]
 
 def main()->int:
     root, count = Path(__file__).resolve().parent.parent, 0
-    for check in CHECKS:
+    every = [*CHECKS, *refs.CHECKS]
+    for check in every:
         found = check(root)
         count += len(found)
         for o in found: print(f"{check.__name__}: {o}")
-    print(f"{len(CHECKS)} checks, {count} problems")
+    print(f"{len(every)} checks, {count} problems")
     return 1 if count else 0
 
 

@@ -23,7 +23,7 @@ def moving_target(
     z:Tensor|None=None,      # (B,C,H,W) held fixed: the noise absorbs the move
     eps:Tensor|None=None,    # (B,C,H,W) held fixed: the image absorbs it
 )->Callable:                 # x -> target at x
-    "Target of a state that has moved, with either the image or the noise held fixed"
+    "Target of a state that has moved, with either the image or the noise held fixed [ASASR, eqs. 7, 17]"
     if (z is None) == (eps is None): raise ValueError("hold exactly one of z and eps fixed")
     def target(x):
         a, s = like_batch(path.alpha(sigma), x), like_batch(sigma, x)
@@ -37,7 +37,7 @@ def error_gradient(
     target:Tensor|Callable,  # (B,C,H,W), frozen; or x -> target, from `moving_target`
     cond:Tensor,             # (B,3,h,w), or encoded
 )->Tensor:                   # (B,C,H,W), gradient of the mean square error with respect to the state
-    "One backward pass through the policy; its weights receive nothing"
+    "One backward pass through the policy; its weights receive nothing [ASASR, eqs. 19, 31]"
     net, policy.net = policy.net, getattr(policy.net, "module", policy.net) # a wrapper of several processes would wait for gradients of the weights
     try:
         with torch.enable_grad():
@@ -52,7 +52,7 @@ def riesz_step(
     energy:SobolevEnergy,       # whose root is the norm of the ball
     radius:float|Tensor=1.,     # () or (B,) > 0, epsilon_t: root of the energy of the result
 )->Tensor:                      # (B,C,H,W)
-    "Steepest descent of a linear function on the Sobolev ball; 0 where the gradient is 0 [Wang+ 2026, eq. 19]"
+    "Steepest descent of a linear function on the Sobolev ball; 0 where the gradient is 0 [ASASR, eqs. 19, 20]"
     radius = torch.as_tensor(radius, dtype=grad.dtype, device=grad.device).expand(len(grad))
     if not (radius > 0).all(): raise ValueError(f"radius must be positive, got {radius.tolist()}")
     grad = grad/grad.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny) # scale cancels; squares must not vanish
@@ -67,7 +67,7 @@ def coupled_pair(
     eps:Tensor,     # (B,C,H,W) the noise of both
     sigma:Tensor,   # (B,) the level of both
 )->tuple[Tensor, Tensor]: # states and targets, (2B,C,H,W): winners, then losers
-    "States and targets of winners and losers under one draw of noise and level [Wang+ 2026, eq. 17]"
+    "States and targets of winners and losers under one draw of noise and level [ASASR, eq. 17]"
     z, eps, sigma = torch.cat([z, z_l]), torch.cat([eps, eps]), torch.cat([sigma, sigma])
     return path.state(z, eps, sigma), path.target(z, eps, sigma)
 
@@ -80,7 +80,7 @@ def adversary_loser(
     lam:float=1.,       # how far to go from the winner to the adversary's estimate; 0.1 in the authors' release
     adapters:Sequence[str]=("reference", "adversary"), # that make the adversary
 )->Tensor:              # (B,C,H,W) losers
-    "The parametric adversary's clean estimate at the winner's state [Wang+ 2026, eq. 16]"
+    "The parametric adversary's clean estimate at the winner's state [ASASR, eq. 16]"
     x = policy.path.state(z, eps, sigma)
     with policy.using(*adapters): z_hat = policy.path.estimates(x, policy.predict(x, sigma, cond), sigma)[0]
     return z + lam*(z_hat-z)
@@ -94,7 +94,7 @@ def riesz_loser(
     energy:SobolevEnergy,   # whose ball
     radius:float=.003,      # of z_l - z at sigma = 1: epsilon_t is radius*sigma*alpha, as the coupled adversary's perturbation
 )->Tensor:                  # (B,C,H,W) losers
-    "The closed form: the image that absorbs the Riesz step, with the winner's noise [Wang+ 2026, eqs. 17, 19]"
+    "The closed form: the image that absorbs the Riesz step, with the winner's noise [ASASR, eqs. 17, 19]"
     sigma = sigma.clamp(max=.999) # at 1 the state holds no image that could absorb a move
     grad = error_gradient(policy, policy.path.state(z, eps, sigma), sigma, moving_target(policy.path, sigma, eps=eps), cond)
     return z + like_batch(sigma, z)*riesz_step(grad, energy, radius)

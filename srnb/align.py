@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['WINNERS', 'MEET', 'LINKS', 'RUNS', 'AlignRun', 'evaluations', 'loop_of', 'winner_groups', 'sample_pairs',
-           'side_by_side', 'adversary_draw', 'OnlineDraw', 'supervised_loss', 'far_end', 'objective_of', 'train_align']
+           'side_by_side', 'adversary_draw', 'OnlineDraw', 'supervised_loss', 'given_pairs', 'far_end', 'objective_of',
+           'train_align']
 
 # %% ../nbs/42_align.ipynb #42-align-003
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +32,8 @@ from .policies import Policy, load_adapter, save_adapter, text_ids
 from .preference import dpo_loss, hinge_loss
 from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
-from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_prompts, choose,
-                           drift_states, evaluate, fit, freed, inputs_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
+from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_own, check_prompts, choose,
+                           drift_states, evaluate, fit, freed, inputs_of, judges_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
                            preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, train_adapter, train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
@@ -43,10 +45,10 @@ LINKS = dict(bottom=("logistic", "hinge"), sample=("logistic", "hinge"), adversa
 class AlignRun:
     "One alignment run: winners, losers, energy and link, from one base"
     out_dir:str                        # the run's folder
-    backbone:str = "small"             # "small", "onestep", the folder of a policy, or a backbone of room 12: a folder in diffusers' layout, or its name on the Hub
+    backbone:str = "small"             # "small", "onestep", the folder of a policy, `file.py:NAME`, or a backbone of room 12: a folder in diffusers' layout, or its name on the Hub
     photos:tuple[str, ...] = ()        # folders to train on; none: the embedded photographs marked train
     held_out:tuple[str, ...] = ()      # folders to report on; none: the embedded held-out ones, or a share of `photos`
-    degradation:str = "resshift_test"  # a key of DEGRADATIONS
+    degradation:str = "resshift_test"  # a key of DEGRADATIONS, or `file.py:NAME`
     size:int = 192                     # pixels of a crop
     places:int = 3                     # crops of a training photograph (1 to 5)
     winners:str = "photograph"         # "photograph"; "top": the best samples; "expert": both
@@ -59,7 +61,7 @@ class AlignRun:
     m:int = 8                          # samples of a training crop
     n:int = 2                          # best, and worst, samples of a crop
     hpo:str = "both"                   # pair weights of top against bottom, a key of HPO
-    reward:str = "offline"             # a key of REWARDS
+    reward:str = "offline"             # a key of REWARDS, or `file.py:NAME`
     every:int = 16                     # M: updates between snapshots of the policy that makes its own losers
     capacity:int = 8                   # trajectories in the buffer
     refresh:int = 8                    # new trajectories at every micro-batch
@@ -72,7 +74,7 @@ class AlignRun:
     patch:int = 64                     # pixels that training sees
     steps:int = 8                      # of the sampler; a one-step network takes one
     eval_m:int = 8                     # samples of a held-out photograph
-    judges:tuple[str, ...] = ("psnr_y", "lsd", "st_lpips_alex", "st_lpips_vgg", "cvvdp_standard_4k", "piqe") # keys of METRICS
+    judges:tuple[str, ...] = ("psnr_y", "lsd", "st_lpips_alex", "st_lpips_vgg", "cvvdp_standard_4k", "piqe") # keys of METRICS, or `file.py:NAME`
     seed:int = 0                       # of adapters, order and noise; the banks' seeds stay the same
     precision:str = "bf16"             # of the network's arithmetic: "bf16" or "no"
     take:int = 0                       # the first photographs of each set only; 0: all
@@ -82,7 +84,12 @@ class AlignRun:
     banks:str|None = None              # folder for what runs may share; None: out_dir
     options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
+    pairs:str|None = None              # `file.py:NAME`, a function without arguments that gives Pairs, in place of the best and the worst samples; None: those
     def __post_init__(self):
+        check_own(self)
+        if self.pairs: choose("pairs", self.pairs, {})
+        if self.pairs and self.losers != "bottom":
+            raise ValueError(f"pairs take the place of the best and the worst samples: set winners = 'top' and losers = 'bottom', got {self.winners!r} and {self.losers!r}")
         for what, table in (("degradation", DEGRADATIONS), ("precision", DTYPES), ("losers", MEET), ("winners", dict.fromkeys(MEET[self.losers] if self.losers in MEET else ())),
                             ("link", dict.fromkeys(LINKS.get(self.losers, ()))), ("hpo", HPO), ("reward", REWARDS)): choose(what, getattr(self, what), table)
         for what, table in (("judges", METRICS), ("outputs", OUTPUTS)):
@@ -161,7 +168,7 @@ def adversary_draw(
     patch:int,          # pixels
     seed:int,           # of the run
 )->Callable:            # (step, part) -> x, sigma, target, cond (2n,...), weight (n,1,1), for `margin_loss`
-    "Winners, and what the adversary makes of them [Wang+ 2026, eqs. 16, 17]"
+    "Winners, and what the adversary makes of them [ASASR, eqs. 16, 17]"
     def draw(step, part):
         _, z, eps, sigma, lq, text = output_batch(groups, policy, n, patch, seed_at(seed, "adversary", step, part))
         with torch.no_grad(): cond = policy.encode(lq, text)
@@ -171,7 +178,7 @@ def adversary_draw(
     return draw
 
 class OnlineDraw:
-    "Experts against states of the policy's own trajectories [Y. Wu+ 2025, Algorithm 1]; remembers its buffer"
+    "Experts against states of the policy's own trajectories; keeps a buffer [Diffusion-DRO, eqs. 11, 12, Algorithm 1]"
     def __init__(self,
         groups:list[Group], # with winners in place of samples
         policy:Policy,      # with the adapters `policy` and `snapshot`
@@ -222,7 +229,7 @@ def supervised_loss(
     gate:float|None=None,# unit of the energy: stop where the improvement exceeds the drift by this much; None: never
     levels:Callable|None=None, # (n, generator) -> (n,) noise levels; None: as in training
 )->Callable:             # (model, step, part) -> (values (n,), logs), for `fit`
-    "Error at the winners, or its hinge: Diffusion-DRO with fresh losers, but for where the drift is measured"
+    "Error at the winners, or its hinge: fresh losers, but for where the drift is measured [Diffusion-DRO, eq. 15]"
     def loss(model, step, part):
         policy.net = model
         _, z, eps, sigma, lq, text = output_batch(groups, policy, n, patch, seed_at(seed, "supervised", step, part), levels)
@@ -238,6 +245,24 @@ def supervised_loss(
     return loss
 
 # %% ../nbs/42_align.ipynb #42-align-029
+def given_pairs(
+    cfg:AlignRun,
+    factor:int,     # of the policy's codec
+)->tuple[Pairs|None, dict]: # what `cfg.pairs` gives, and its digest for the record; None and nothing if it names nothing
+    "Preferences of the reader's own"
+    if not cfg.pairs: return None, {}
+    pairs, digest = choose("pairs", cfg.pairs, {})(), hashlib.sha256()
+    if not isinstance(pairs, Pairs): raise ValueError(f"pairs: {cfg.pairs} must give Pairs, got a {type(pairs).__name__}")
+    if len({*map(len, columns := (pairs.lq, pairs.winners, pairs.losers, pairs.weight))}) != 1 or not len(pairs.lq):
+        raise ValueError(f"pairs: {cfg.pairs} must have one lq, winners, losers and weight a group; got {', '.join(str(len(o)) for o in columns)} of them")
+    for k, (lq, w, l, weight) in enumerate(zip(*columns, strict=True)):
+        size = [factor*o for o in lq.shape[1:]]
+        if any(o.dtype != torch.uint8 for o in (lq, w, l)) or w.shape != l.shape or weight.shape != (len(w), len(w)) or list(w.shape[2:]) != size or min(size) < cfg.patch:
+            raise ValueError(f"pairs: {cfg.pairs}, group {k}: need bytes, winners and losers (N,3,{size[0]},{size[1]}), weight (N,N), sides of at least patch = {cfg.patch}; got "
+                             f"lq {tuple(lq.shape)}, winners {tuple(w.shape)}, losers {tuple(l.shape)}, weight {tuple(weight.shape)}")
+        for o in (lq, w, l, weight): digest.update(o.contiguous().numpy().tobytes())
+    return pairs, dict(given=digest.hexdigest())
+
 def far_end(policy:Policy)->Callable|None: # (n, generator) -> (n,) noise levels; None: as in training
     "A one-step network is asked where it is used, at the far end of its path"
     return (lambda n, g: torch.full((n,), policy.path.sigma_max)) if isinstance(policy.path, Shift) else None
@@ -248,13 +273,14 @@ def objective_of(
     bank:str|Path,        # of the training crops
     ids:list[str],        # its groups
     reward:Tensor,        # (G,M) of its samples
+    given:Pairs|None=None,# in place of the best against the worst samples
 )->tuple[Callable, Callable|None, object|None]: # loss, backward, memory, for `fit`
     "What a run optimises"
     energy = SobolevEnergy(cfg.s) if cfg.s else l2_energy
     levels = far_end(policy)
     link = dict(logistic=lambda margin: dpo_loss(margin, cfg.kappa), hinge=lambda margin: hinge_loss(margin, cfg.gate)).get(cfg.link)
     if cfg.losers in ("bottom", "sample"):
-        pairs = pairs_of_bank(bank, ids, reward, cfg.n, *HPO[cfg.hpo]) if cfg.losers == "bottom" else sample_pairs(bank, ids)
+        pairs = given or (pairs_of_bank(bank, ids, reward, cfg.n, *HPO[cfg.hpo]) if cfg.losers == "bottom" else sample_pairs(bank, ids))
         return *preference_loss(pairs, policy, cfg.kappa, cfg.batch, cfg.patch, cfg.seed, energy, cfg.safeguard, link if cfg.link == "hinge" else None, levels), None
     groups = winner_groups(bank, ids, reward, cfg.winners, cfg.n)
     if cfg.losers == "none":
@@ -269,15 +295,16 @@ def train_align(
 )->Path:          # the run's folder: config.json, log and drift .parquet, adapter/, metrics.parquet
     "Bank, adversary if there is one, training, evaluation; resumes, and says so if it is already done"
     state, out, home = processes(cfg.loop, *[cfg.imitation]*(cfg.losers == "adversary")), Path(cfg.out_dir), Path(cfg.banks or cfg.out_dir)
-    reward = REWARDS[cfg.reward]
-    judges = [METRICS[n] for n in cfg.judges if n not in {m.name for m in reward.metrics}]
+    reward = choose("reward", cfg.reward, REWARDS)
+    judges = judges_of(cfg, reward)
     check_available([*reward.metrics, *judges], (cfg.size, cfg.size))
     refuse_fsdp()
     def base(): return policy_of(cfg, device=state.device)
     with state.main_process_first():
         policy = base()
         if cfg.losers == "adversary" and isinstance(policy.path, Shift): raise ValueError("the adversary works on noisy photographs: a one-step network has none; choose other losers")
-        record = record_of(cfg) | dict(start=fingerprint(policy)) # what the name stands for
+        given, digest = given_pairs(cfg, policy.codec.factor)
+        record = record_of(cfg) | dict(start=fingerprint(policy), **digest) # what the names stand for
         if (out/"config.json").exists(): open_run(out, record) # another config's folder is refused before any work
         done = run_done(out)
         if done: print(f"{os.path.relpath(out)} is done")
@@ -312,7 +339,7 @@ def train_align(
         policy.off |= {"snapshot"}
     train_what(policy, cfg, cfg.seed)
     net = policy.net.to(state.device)
-    loss, backward, memory = objective_of(cfg, policy, home/"bank", ids, rewards)
+    loss, backward, memory = objective_of(cfg, policy, home/"bank", ids, rewards, given)
     weights, log = fit(net, loss, loop, out, backward, memory)
     policy.net = net
     ends = dict(after=weights) | (dict(matched=None) if cfg.drift else {})

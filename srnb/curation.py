@@ -39,7 +39,7 @@ def top_bottom(
     reward:Tensor, # (G,M) rewards of M candidates of G photographs
     n:int,         # winners and losers of a group, at most M/2
 )->tuple[Tensor, Tensor]: # winners (G,N), best first; losers (G,N), worst last; candidate numbers
-    "The top and bottom N candidates of every group [Wu+ 2025, pair curation]"
+    "The top and bottom N candidates of every group [DP2O-SR, pair curation]"
     if reward.ndim != 2: raise ValueError(f"reward must have shape (G,M), got {tuple(reward.shape)}")
     m = reward.shape[1]
     if m < 2: raise ValueError(f"M = {m}: a pair needs at least two candidates of a photograph")
@@ -55,14 +55,14 @@ def intra_weight(
     reward_w:Tensor, # (G,N) of the winners
     reward_l:Tensor, # (G,N) of the losers
 )->Tensor:           # (G,N,N), [g, winner, loser], mean 1 in every group
-    "Weight of a pair by its gap in reward, relative to its group [Wu+ 2025, HPO, intra-group]"
+    "Weight of a pair by its gap in reward, relative to its group [DP2O-SR, intra-group weight]"
     gap = (reward_w[:, :, None]-reward_l[:, None, :]).abs()
     return gap + 1 - gap.mean((1, 2), keepdim=True)
 
 def inter_weight(
     reward:Tensor, # (G,M) of all candidates
 )->Tensor:         # (G,), mean 1
-    "Weight of a group by the spread of its rewards (population standard deviation) [Wu+ 2025, HPO, inter-group]"
+    "Weight of a group by the spread of its rewards (population standard deviation) [DP2O-SR, inter-group weight]"
     spread = reward.std(1, correction=0)
     return spread + 1 - spread.mean()
 
@@ -73,7 +73,7 @@ def hpo_weights(
     intra:bool=True,    # weigh pairs within a group
     inter:bool=True,    # weigh groups
 )->Tensor:              # (G,N,N), mean 1
-    "Weights of all pairs: the product of the two levels, or one of them, or ones [Wu+ 2025, HPO]"
+    "Weights of all pairs: the product of the two levels, or one of them, or ones [DP2O-SR, HPO]"
     weight = torch.ones(*winners.shape, winners.shape[1], dtype=reward.dtype)
     if intra: weight = weight*intra_weight(reward.gather(1, winners), reward.gather(1, losers))
     if inter: weight = weight*inter_weight(reward)[:, None, None]
@@ -345,7 +345,7 @@ def make_bank(
     note:dict|None=None,            # what else decides the inputs: degradation, crop; recorded and compared
     prompts:dict[str, str]|None=None, # id -> prompt; none: every prompt is empty
 )->Path:
-    "Sample M candidates of every photograph, shared with all processes that call this; finished groups are never done again"
+    "Sample M candidates of every photograph, shared with all that call this; none is made twice [DP2O-SR, candidates]"
     def draw(i, lq):
         prompt = dict(prompts=[prompts[i]]) if prompts and prompts[i] else {}
         return policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler, **prompt)[0]
@@ -435,7 +435,7 @@ def bank_reward(
     ids:Sequence[str],                 # groups, in the order wanted
     normaliser:Callable=GroupMinMax(), # noqa: B008  (values, metric) -> (M,)
 )->Tensor:                             # (G,M) float64
-    "Reward of every candidate of a bank"
+    "Reward of every candidate of a bank [DP2O-SR, hybrid reward]"
     tables = {m.name: score_table(scores, m.name, ids) for m in reward.metrics}
     return torch.stack([hybrid({n: t[g] for n, t in tables.items()}, reward, normaliser) for g in range(len(ids))])
 

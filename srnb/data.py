@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .core import bicubic, generator, progress, read_image, seed_of
-from .degrade import Degradation, degrade
+from .degrade import Degradation, degradation_name, degrade
 
 # %% ../nbs/04_data.ipynb #04-data-008
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Photo:
     title:str = ""          # what it shows
     split:str|None = None   # "train", "held_out", or None before a split
     changes:str = ""        # what was done to the original
+    lq:Path|None = None     # file of its low-resolution partner, if the pair is ready
 
     def read(self)->Tensor: # (3,H,W), [0, 1]
         "The pixels"
@@ -60,7 +61,7 @@ def look_of(
 def open_photo(
     path:str|Path, # an image file; it is read once, so a broken one is found here
     id:str,        # how to call it
-    **about,       # author, licence, source, title, split, changes
+    **about,       # author, licence, source, title, split, changes, lq
 )->Photo:
     "A `Photo` from a file; ValueError names a file that is no image"
     path = Path(path)
@@ -83,15 +84,20 @@ def find_images(
     return found
 
 def find_photos(
-    folder:str|Path, # searched with all folders below it
-)->list[Photo]:      # sorted by path; ids come from the paths below `folder`
+    folder:str|Path, # searched with all folders below it; one that holds the folders `lq` and `gt` holds ready pairs
+)->list[Photo]:      # sorted by path; ids come from the paths below `folder`, or below its `gt`
     "The photographs of any folder; ValueError names a file that cannot be read"
-    paths = find_images(folder)
-    names = [_slug("_".join(p.relative_to(folder).with_suffix("").parts)) for p in paths]
+    folder = Path(folder)
+    ready = (folder/"lq").is_dir() and (folder/"gt").is_dir()
+    partner = {gt: lq for lq, gt in paired_folder(folder/"lq", folder/"gt")} if ready else {}
+    top, paths = folder/"gt" if ready else folder, sorted(partner) or find_images(folder)
+    if other := {*find_images(folder)}-{*paths, *partner.values()}:
+        raise ValueError(f"{folder} holds ready pairs in lq and gt, and {min(other)} beside them; take it away")
+    names = [_slug("_".join(p.relative_to(top).with_suffix("").parts)) for p in paths]
     twice = {o for o, n in Counter(names).items() if n > 1}
     ids = [f"{n}-{_slug(p.name)}" if n in twice else n for n, p in zip(names, paths, strict=True)]
     if len({*ids}) < len(ids): raise ValueError(f"{folder}: two files give one id; rename one of {sorted(twice)}")
-    return [open_photo(p, n, source=str(p.relative_to(folder)))
+    return [open_photo(p, n, source=str(p.relative_to(folder)), lq=partner.get(p))
             for n, p in progress(list(zip(ids, paths, strict=True)), "photographs read")]
 
 # %% ../nbs/04_data.ipynb #04-data-016
@@ -192,10 +198,16 @@ def trim(
     return centre_crop(image, (h, w))
 
 # %% ../nbs/04_data.ipynb #04-data-040
+def _partner(photo:Photo, image:Tensor, scale:int)->Tensor: # the low-resolution image of a ready pair
+    lq = read_image(photo.lq)
+    if [scale*o for o in lq.shape[1:]] != list(image.shape[1:]):
+        raise ValueError(f"{photo.path} has {image.shape[1]}×{image.shape[2]} pixels, not {scale} times the {lq.shape[1]}×{lq.shape[2]} of {photo.lq}")
+    return lq
+
 def make_pair(
     photo:Photo,
     size:int|Sequence[int],   # (H, W) of gt in pixels, multiples of `scale`; one number for both
-    degradation:Degradation,
+    degradation:Degradation|Callable, # settings, or a function (gt, generator, scale) -> lq; a ready pair has no use for it
     scale:int=4,              # H over h
     draw:int=0,               # another number gives another degradation of the same photograph
     place:int=0,              # 0: the middle; 1 to 4: a corner
@@ -210,8 +222,11 @@ def make_pair(
                          "use a smaller size or leave the photograph out")
     H, W = image.shape[1:]
     top, left = [((H-h)//2, (W-w)//2), (0, 0), (0, W-w), (H-h, 0), (H-h, W-w)][place]
+    if photo.lq:
+        lq, y, x = _partner(photo, image, scale), top//scale, left//scale
+        return crop(lq, (h//scale, w//scale), y, x).contiguous(), crop(image, (h, w), y*scale, x*scale).contiguous()
     gt = crop(image, (h, w), top, left).contiguous()
-    return degrade(gt, degradation, generator(seed_of(photo.id, degradation.name, draw, place)), scale), gt
+    return degrade(gt, degradation, generator(seed_of(photo.id, degradation_name(degradation), draw, place)), scale), gt
 
 # %% ../nbs/04_data.ipynb #04-data-045
 def _bytes(image:Tensor)->Tensor: return image.mul(255).round().byte() # [0, 1] to 0..255
@@ -234,9 +249,9 @@ class PatchPool:
     "Photographs for training in memory, each with several degraded versions, cut into aligned patches on demand"
     def __init__(self,
         photos:Sequence[Photo],             # none may be held out
-        degradation:Degradation,
-        versions:int=8,                     # degraded copies of each photograph
-        max_side:int|None=None,             # pixels; larger photographs are downscaled to this
+        degradation:Degradation|Callable,   # settings, or a function (gt, generator, scale) -> lq; a ready pair has no use for it
+        versions:int=8,                     # degraded copies of each photograph; a ready pair has one
+        max_side:int|None=None,             # pixels; larger photographs are downscaled to this; a ready pair stays as it is
         scale:int=4,                        # side of gt over side of lq
         held_out:Sequence[Photo]|None=None, # what must stay out; None: the embedded held-out photographs
     ):
@@ -249,13 +264,17 @@ class PatchPool:
         check_disjoint(photos, embedded_photos("held_out") if held_out is None else held_out)
         self.ids, self.scale, self.gt, self.lq = [p.id for p in photos], scale, [], []
         for p in progress(photos, "photographs degraded"):
-            image = shrink(p.read(), max_side)
+            image = p.read() if p.lq else shrink(p.read(), max_side)
             if min(image.shape[1:]) < 32:
                 H, W = image.shape[1:]
                 raise ValueError(f"{p.path} has {H}×{W} pixels, need at least 32×32; leave it out")
-            gt = trim(image, 2*scale).contiguous()
-            lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation.name, k)), scale)
-                  for k in range(versions)]
+            if p.lq: # cut both alike
+                lq = [trim(_partner(p, image, scale), 2)]
+                gt = crop(image, [scale*o for o in lq[0].shape[1:]], 0, 0) # what `trim` cuts off is the last row or column
+            else:
+                gt = trim(image, 2*scale).contiguous()
+                lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation_name(degradation), k)), scale)
+                      for k in range(versions)]
             self.gt.append(_bytes(gt))
             self.lq.append(_bytes(torch.stack(lq)))
         self.area = list(accumulate(o.shape[1]*o.shape[2] for o in self.gt))

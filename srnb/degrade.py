@@ -6,9 +6,10 @@
 __all__ = ['MODES', 'RESSHIFT_TEST', 'RESSHIFT_TRAIN', 'SEESR', 'uniform', 'happens', 'pick', 'offsets', 'covariance', 'radius2',
            'normalise', 'gaussian_kernel', 'generalised_kernel', 'plateau_kernel', 'sinc_kernel', 'mirrored', 'blur',
            'resize', 'grey', 'gaussian_noise', 'photon_levels', 'poisson_noise', 'jpeg', 'Blur', 'Stage', 'Degradation',
-           'draw_sinc', 'draw_kernel', 'draw_mode', 'run_stage', 'degrade']
+           'draw_sinc', 'draw_kernel', 'draw_mode', 'run_stage', 'degradation_name', 'degrade']
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-004
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from math import ceil, cos, log2, pi, sin
@@ -72,7 +73,7 @@ def gaussian_kernel(
     size:int,   # odd, pixels
     cov:Tensor, # (2,2), pixels squared
 )->Tensor:      # (size,size), sums to 1
-    "Gaussian blur; isotropic if `cov` is a multiple of the identity [Wang+ 2021, eq. 2-3]"
+    "Gaussian blur; isotropic if `cov` is a multiple of the identity [Wang+ 2021, eqs. 2, 3]"
     return normalise((-radius2(size, cov)/2).exp())
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-018
@@ -329,9 +330,18 @@ def run_stage(
     return noise(image, uniform(*strength, generator), mono, generator).clamp(0, 1)
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-065
+def degradation_name(
+    degradation:Degradation|Callable, # settings, or a function of one's own
+)->str:                               # enters the seed of every image made with it
+    "What a degradation is called: its `name`, or the name of the function"
+    name = getattr(degradation, "name", getattr(degradation, "__name__", None))
+    if not isinstance(degradation, (Degradation, Callable)) or not isinstance(name, str):
+        raise TypeError("degradation must be a Degradation, such as RESSHIFT_TEST, or a function (gt, generator, scale) -> lq with a name, "
+                        f"got {type(degradation).__name__}")
+    return name
+
 def _check_input(gt, degradation, generator, scale):
-    if not isinstance(degradation, Degradation):
-        raise TypeError(f"degradation must be a Degradation, such as RESSHIFT_TEST, got {type(degradation).__name__}")
+    degradation_name(degradation)
     if not isinstance(generator, Generator) or generator.device.type != "cpu":
         raise TypeError(f"generator must be a torch.Generator on the CPU, got {generator!r}; see srnb.core.generator")
     if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
@@ -346,10 +356,16 @@ def _check_input(gt, degradation, generator, scale):
         raise ValueError(f"the sides of gt must be multiples of {scale} and at least 32 pixels, got {h}x{w}; crop it")
     check_images(gt[None], "gt")
 
+def _check_output(lq, name, final): # of somebody's function; 8-bit values
+    if not isinstance(lq, Tensor) or lq.shape != (3, *final):
+        got = tuple(lq.shape) if isinstance(lq, Tensor) else type(lq).__name__
+        raise ValueError(f"degradation {name} must give a tensor of shape {(3, *final)}, got {got}")
+    return quantize(check_images(lq[None], f"lq of degradation {name}")[0].cpu())
+
 @torch.no_grad()
 def degrade(
     gt:Tensor,               # (3,H,W), [0, 1], sides at least 32 and multiples of `scale`
-    degradation:Degradation, # settings, for example `RESSHIFT_TEST`
+    degradation:Degradation|Callable, # settings, for example `RESSHIFT_TEST`, or a function (gt, generator, scale) -> lq
     generator:Generator,     # on the CPU; everything random comes from it
     scale:int=4,             # how much smaller `lq` is
 )->Tensor:                   # (3,H/scale,W/scale), 8-bit values
@@ -357,6 +373,7 @@ def degrade(
     _check_input(gt, degradation, generator, scale)
     d, g = degradation, generator
     final = (gt.shape[1]//scale, gt.shape[2]//scale)
+    if not isinstance(d, Degradation): return _check_output(d(gt.clone(), g, scale), degradation_name(d), final)
     x = run_stage(gt, d.first, tuple(gt.shape[1:]), g)
     x = jpeg(x, round(uniform(*d.jpeg, g)))
     if happens(d.second_prob, g): x = run_stage(x, d.second, final, g)

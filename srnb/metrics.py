@@ -44,7 +44,7 @@ def best_at_m(
     rewards,   # (...,K), K samples of one photograph, higher is better
     m:int,     # 1..K, samples that are drawn
 )->np.ndarray: # (...), unit of the reward
-    "Expected best of m samples, without bias, from K >= m [average over all subsets]"
+    "Expected best of m samples, without bias, from K >= m: the average over all subsets [DP2O-SR, Best@M]"
     r = np.sort(check_rewards(rewards, m), axis=-1)
     k = r.shape[-1]
     return r @ np.array([comb(i-1, m-1)/comb(k, m) for i in range(1, k+1)])
@@ -53,14 +53,14 @@ def worst_at_m(
     rewards,   # (...,K), K samples of one photograph, higher is better
     m:int,     # 1..K, samples that are drawn
 )->np.ndarray: # (...), unit of the reward
-    "Expected worst of m samples, without bias"
+    "Expected worst of m samples, without bias [DP2O-SR, Worst@M]"
     return -best_at_m(-np.asarray(rewards, dtype=np.float64), m)
 
 def mean_at_m(
     rewards,   # (...,K), K samples of one photograph
     m:int,     # 1..K, changes nothing but the check
 )->np.ndarray: # (...), unit of the reward
-    "Expected mean of m samples"
+    "Expected mean of m samples [DP2O-SR, Mean@M]"
     return check_rewards(rewards, m).mean(-1)
 
 # %% ../nbs/50_metrics.ipynb #50-metrics-021
@@ -160,7 +160,7 @@ def mean_std(
     values, # (rows,), finite, unit of the metric
     images, # (rows,), the photograph of each value; at least 2 rows for each
 )->tuple[float, float]: # mean over photographs, mean over photographs of the std over seeds
-    "Mean and stability over sampling seeds: std (ddof = 1) within a photograph, averaged [Wu+ 2025, table 2]"
+    "Mean and stability over sampling seeds: std (ddof = 1) within a photograph, averaged [DP2O-SR, stability]"
     g = by_photograph(values, images)
     if g.size().min() < 2: raise ValueError(f"a std over seeds needs 2 of each photograph, {g.size().idxmin()} has 1")
     return float(g.mean().mean()), float(g.std(ddof=1).mean())
@@ -171,7 +171,7 @@ def at_m(
     ms:Sequence[int],    # values of M
     metric:str="reward", # which metric; higher must be better
 )->pd.DataFrame:         # run record: metric "Best@M", "Mean@M", "Worst@M"; seed 0; one row per photograph and variant
-    "Best, Mean and Worst@M of each photograph and variant, over its seeds"
+    "Best, Mean and Worst@M of each photograph and variant, over its seeds [DP2O-SR, Best@M, Mean@M, Worst@M]"
     t = check_table(table)
     groups = t[t.metric == metric].groupby(["image", "variant"], sort=False).value
     if not len(groups): raise ValueError(f"no rows of metric {metric!r}; the record has {sorted(t.metric.unique())}")

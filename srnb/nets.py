@@ -155,7 +155,7 @@ SmallUNet.encode, SmallUNet.features, SmallUNet.forward = _encode, _features, _f
 def boundary_scalings(
     sigma:Tensor,                   # (B,) in [0, 1]
 )->tuple[Tensor, Tensor, Tensor]:   # c_skip, c_out, c_noise, each (B,)
-    "Scalings under which a network answers with its own input at sigma = 0 [You+ 2025, eq. 9; constants of the release]"
+    "Scalings under which a network answers with its own input at sigma = 0 [CTMSR, eq. 9; CTMSR, release]"
     u2, d2 = (sigma/.1)**2, .5**2
     return d2/(u2+d2), (u2/(u2+d2)).sqrt(), (sigma+.002).log()/4
 
@@ -174,7 +174,7 @@ class OneStepConfig:
         if self.scale != 4: raise ValueError(f"this network enlarges four times, got scale {self.scale}")
 
 class OneStep(nn.Module):
-    "A network that answers with the clean image in [-1, 1]; subclasses have `features` and `stride`"
+    "A network that answers with the clean image in [-1, 1]; subclasses have `features` and `stride` [CTMSR, eq. 9]"
     def forward(self,
         x:Tensor,     # (B,3,H,W) state of residual shifting, z and y in [-1, 1]
         sigma:Tensor, # (B,) in [0, 1]
@@ -312,7 +312,7 @@ class NearestConv(nn.Conv2d):
 
 # %% ../nbs/10_nets.ipynb #10-nets-044
 class SwinUNet(OneStep):
-    "CTMSR's network: blocks with window attention on the low-resolution grid, a tail at full size [You+ 2025]"
+    "CTMSR's network: blocks with window attention on the low-resolution grid, a tail at full size [CTMSR, release]"
     def __init__(self, config:SwinConfig=SwinConfig()):  # noqa: B008 (frozen)
         super().__init__()
         self.config, c, e, f = config, config.channels, config.emb, config.scale

@@ -18,7 +18,7 @@ def jittered(
     grid:Tensor,   # (K+1,) descending noise levels of a sampler, ends at 0
     offset:Tensor, # (B,) in (0, 1], where in its cell a node lies; 1: at the upper end
 )->Tensor:         # (B,K), descending
-    "One noise level inside every cell of a sampler's grid"
+    "One noise level inside every cell of a sampler's grid [Diffusion-DRO, release]"
     if not ((offset > 0) & (offset <= 1)).all(): raise ValueError(f"offset must lie in (0, 1], got {offset.tolist()}")
     return grid[1:] + offset[:, None]*(grid[:-1]-grid[1:])
 
@@ -32,7 +32,7 @@ def policy_states(
     adapters:Sequence[str]=(),  # that make the policy which is sampled
     text:Tensor|None=None,      # (B,) prompts, from `text_ids`; None: empty ones
 )->tuple[Tensor, Tensor, Tensor]: # x (B,K,3,4h,4w), sigma (B,K), prediction (B,K,3,4h,4w)
-    "States on deterministic trajectories, and what the policy predicts there [Y. Wu+ 2025, Algorithm 1]"
+    "States on deterministic trajectories, and what the policy predicts there [Diffusion-DRO, Algorithm 1]"
     path = policy.path_of(lq)
     grid = path.sigma_grid(steps).to(lq.device)
     nodes, now, x, found = jittered(grid, offset.to(lq.device)), grid[:1].expand(len(lq)), path.start(noise), []
@@ -80,7 +80,7 @@ def take_snapshot(
     name:str="snapshot",  # adapter that receives
     source:str="policy",  # adapter that is copied
 )->None:
-    "Freeze what the policy is now"
+    "Freeze what the policy is now [Diffusion-DRO, Algorithm 1]"
     with torch.no_grad():
         for layer in policy._layers:
             for a, b in zip(parts_of(layer, name), parts_of(layer, source), strict=True):

@@ -60,7 +60,7 @@ class Path:
 # %% ../nbs/02_paths.ipynb #02-paths-011
 @dataclass(frozen=True)
 class Flow(Path):
-    "Rectified flow: a straight line, the network predicts v = eps - z [Liu+ 2022]"
+    "Rectified flow: a straight line; the network predicts eps - z [Liu+ 2022; ASASR, eqs. 1, 2; DP2O-SR, velocity form]"
     def alpha(self, sigma): return 1-sigma
     def target(self, z, eps, sigma, y=None): return eps-z
     def estimates(self, x, prediction, sigma):
@@ -165,7 +165,7 @@ def convert(
 # %% ../nbs/02_paths.ipynb #02-paths-043
 @dataclass(frozen=True)
 class Shift(Path):
-    "Residual shifting: from the noisy enlarged input to the photograph, the network predicts z [Yue+ 2023; You+ 2025, eq. 7]"
+    "Residual shifting, from the noisy enlarged input to the photograph z, the target [Yue+ 2023; CTMSR, eqs. 7, 22, 23]"
     rho_shift:float=1.  # a = time**rho_shift
     rho_noise:float=1.  # sigma = sigma_max*time**rho_noise
     sigma_max:float=1.  # noise level at the far end, (0, 1]

@@ -76,7 +76,7 @@ def unet_branch(
 def flux_branch(
     denoiser:nn.Module, # FluxTransformer2DModel
 )->nn.Module:
-    "Its control branch: four double blocks, LR read through the VAE [DP²O-SR, code]"
+    "Its control branch: four double blocks, LR read through the VAE [DP2O-SR, release]"
     from diffusers import FluxControlNetModel
     p = next(denoiser.parameters())
     own = {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k != "out_channels"}

@@ -115,7 +115,9 @@ class Policy:
     )->Tensor:        # (B,C,H,W) float32
         "What the policy predicts: the target of its path"
         def net(x, sigma):
-            with self.autocast(): return self.net(x, sigma, cond).float()
+            with self.autocast(): out = self.net(x, sigma, cond).float()
+            if out.shape != x.shape: raise ValueError(f"the network answers a state of shape {tuple(x.shape)} with {tuple(out.shape)}: it must keep the shape")
+            return out
         if self.path == self.trained_on: return net(x, sigma)
         return convert(net, self.trained_on, self.path)(x, sigma)
 
@@ -133,7 +135,7 @@ class Policy:
         target:Tensor, # (B,C,H,W) from the path, or from another policy
         cond:Tensor,   # (B,3,h,w), or encoded
     )->Tensor:         # (B,C,H,W) float32
-        "Prediction minus target, subtracted in float32"
+        "Prediction minus target, subtracted in float32 [ASASR, eq. 9]"
         return self.predict(x, sigma, cond).float() - target.float()
 
 # %% ../nbs/11_policies.ipynb #11-policies-018

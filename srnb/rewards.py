@@ -341,13 +341,13 @@ def orient(
     values,        # (...) raw scores
     metric:Metric,
 )->Tensor:         # (...) float64, larger is better
-    "Turn raw scores so that larger is better"
+    "Turn raw scores so that larger is better [DP2O-SR, normalisation]"
     v = _float64(values)
     return v if metric.higher_better else -v
 
 @dataclass(frozen=True)
 class GroupMinMax:
-    "Worst and best of the group itself become 0 and 1 [DP2O-SR 2510.18851]"
+    "Worst and best of the group itself become 0 and 1 [DP2O-SR, normalisation]"
     constant:float=.5 # given to all candidates if they tie; the paper leaves it open
     def __call__(self,
         values,        # (M,) raw scores of one group
@@ -395,7 +395,7 @@ def fit_bounds(
 # %% ../nbs/20_rewards.ipynb #20-rewards-054
 @dataclass(frozen=True)
 class Reward:
-    "Which metrics vote: full-reference and no-reference, each kind with the same say"
+    "Which metrics vote: full-reference and no-reference, each kind with the same say [DP2O-SR, hybrid reward]"
     name:str
     fr:tuple[Metric, ...]=()
     nr:tuple[Metric, ...]=()
@@ -414,7 +414,7 @@ def hybrid(
     reward:Reward,
     normaliser:Callable=GroupMinMax(), # (values, metric) -> (M,), larger is better
 )->Tensor:                         # (M,) float64, larger is better
-    "Hybrid reward of one group [DP2O-SR 2510.18851]"
+    "Hybrid reward of one group [DP2O-SR, hybrid reward]"
     missing = [m.name for m in reward.metrics if m.name not in scores]
     if missing: raise ValueError(f"no scores of {', '.join(missing)}, which reward {reward.name} needs; got {', '.join(scores)}")
     scaled = {m.name: normaliser(scores[m.name], m) for m in reward.metrics}

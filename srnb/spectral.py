@@ -30,7 +30,7 @@ def check_residual(
 def l2_energy(
     gamma:Tensor, # (B,C,H,W) float32, prediction minus target
 )->Tensor:        # (B,) float32, >= 0, mean square
-    "Mean square of each residual, the energy of Diffusion-DPO [Wallace+ 2024]"
+    "Mean square of each residual, the energy of Diffusion-DPO [Wallace+ 2024, eq. 14]"
     return check_residual(gamma).square().sum((1, 2, 3))/gamma[0].numel()
 
 # %% ../nbs/01_spectral.ipynb #01-spectral-018
@@ -99,14 +99,14 @@ def _check_planes(x, name):
 def dct2(
     x:Tensor, # (...,H,W) float32 or float64, any sizes
 )->Tensor:    # (...,H,W), the same dtype: coefficients, frequency 0 first
-    "Orthonormal DCT-II over the last two axes; never in reduced precision [Makhoul 1980]"
+    "Orthonormal DCT-II over the last two axes; never in reduced precision [Makhoul 1980; ASASR, eqs. 11, 12]"
     _check_planes(x, "dct2")
     return _DCT2.apply(x, False)
 
 def idct2(
     x:Tensor, # (...,H,W) float32 or float64, coefficients of `dct2`
 )->Tensor:    # (...,H,W), the same dtype
-    "Inverse and transpose of `dct2`, an orthonormal DCT-III"
+    "Inverse and transpose of `dct2`, an orthonormal DCT-III [Makhoul 1980; ASASR, eq. 12]"
     _check_planes(x, "idct2")
     return _DCT2.apply(x, True)
 
@@ -213,7 +213,7 @@ class SobolevEnergy:
         gamma:Tensor,     # (B,C,H,W) float32, residual of the policy
         gamma_ref:Tensor, # (B,C,H,W) float32, residual of the reference; carries no gradient
     )->Tensor:            # (B,) float32; negative where the policy is better
-        "Energy of `gamma` minus that of `gamma_ref`, without cancelling two large sums [ASASR, eq. 14]"
+        "Energy of `gamma` minus that of `gamma_ref`, without cancelling two large sums [ASASR, eqs. 14, 28]"
         _check_pair(gamma, gamma_ref)
         if gamma_ref.requires_grad: raise ValueError("gamma_ref requires grad: run the reference under torch.no_grad()")
         if self.s == 0: gap = ((gamma-gamma_ref)*(gamma+gamma_ref)).sum((1, 2, 3))/self._scale(gamma)
@@ -251,7 +251,7 @@ def energy_gap(
     gamma_ref:Tensor,          # (B,C,H,W) float32, residual of the reference for the same state and target
     energy:Callable|None=None, # residual -> (B,); None is the mean square
 )->Tensor:                     # (B,) float32, unit of the energy; negative where the policy is better
-    "energy(gamma) - energy(gamma_ref), without cancelling two large sums where the energy can"
+    "energy(gamma) - energy(gamma_ref) [Wallace+ 2024, eq. 14; ASASR, eqs. 10, 13, 14; Diffusion-DRO, eq. 12]"
     _check_pair(gamma, gamma_ref)
     if energy is None or energy is l2_energy:
         return ((gamma-gamma_ref)*(gamma+gamma_ref)).sum((1, 2, 3))/gamma[0].numel()

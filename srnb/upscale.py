@@ -171,7 +171,7 @@ def on_latents(policy)->bool: return hasattr(policy.codec, "vae") # a backbone o
 def usual_sampler(
     policy, # anything with codec, and a path if it works on latents
 )->Callable|None: # None: what `policy.solve` takes
-    "DP2O-SR's: ancestral for Stable Diffusion; Euler's method for FLUX, which `sample_ddim` is on a flow [Wu+ 2025]"
+    "Ancestral for Stable Diffusion; Euler's method for FLUX, which `sample_ddim` is on a flow [DP2O-SR, release]"
     return sample_ddpm if on_latents(policy) and isinstance(policy.path, VP) else None
 
 def view(
@@ -248,7 +248,7 @@ def wavelet_fix(
     sr:Tensor, # (B,3,H,W)
     y:Tensor,  # (B,3,H,W), the enlarged input
 )->Tensor:     # (B,3,H,W), not clamped
-    "Low band of `y`, high bands of `sr` [Wang+ 2023, StableSR]"
+    "Low band of `y`, high bands of `sr` [Wang+ 2023]"
     if sr.shape != y.shape: raise ValueError(f"sr {tuple(sr.shape)} and y {tuple(y.shape)} must have the same shape")
     return sr + low_band(y-sr)
 

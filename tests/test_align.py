@@ -250,6 +250,52 @@ def test_kill_9(whole, dro, tmp_path, capsys):
     assert "resumed at step 16" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- preferences from a file
+
+PEOPLE = """
+import torch
+from srnb.training import Pairs
+def chosen():
+    lq, w, l = torch.load("chosen.pt")
+    return Pairs(list(lq), list(w), list(l), torch.ones(len(lq), 1, 1))
+def uneven(): p = chosen(); return Pairs(p.lq[:1], p.winners, p.losers, p.weight)
+def floats(): p = chosen(); return Pairs(p.lq, [w.float() for w in p.winners], p.losers, p.weight)
+def table(): return {}
+"""
+
+
+@pytest.fixture
+def people(tmp_path, monkeypatch):
+    "The working folder holds people.py, whose pairs lie beside it"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"people.py").write_text(PEOPLE)
+    g = generator(0)
+    torch.save([torch.randint(0, 256, (3, *shape), generator=g, dtype=torch.uint8) for shape in ((3, 12, 16), (1, 3, 48, 64), (1, 3, 48, 64))], tmp_path/"chosen.pt")
+    return lambda config, **change: replace(config, **dict(winners="top", losers="bottom", link="logistic", out_dir="run", pairs="people.py:chosen") | change)
+
+
+def test_given_pairs(config, people, tmp_path):
+    "They are what is trained on, they are in the record, and another bank of them is another run"
+    cfg = people(config)
+    out = train_align(cfg)
+    params = json.loads((out/"config.json").read_text())["params"]
+    assert params["pairs"] == "people.py:chosen" and len(params["pairs_sha256"]) == len(params["given"]) == 64
+    plain = train_align(people(config, pairs=None, out_dir="plain"))
+    assert not {"pairs", "pairs_sha256", "given"} & set(json.loads((plain/"config.json").read_text())["params"]) # as before there was such a field
+    a, b = (pd.read_parquet(o/"log.parquet") for o in (out, plain))
+    assert a.loss[0] == pytest.approx(math.log(2)) and not a.gap_w.equals(b.gap_w) and set(read_run(out)[1].metric) == set(read_run(plain)[1].metric)
+    lq, w, l = torch.load(tmp_path/"chosen.pt")
+    torch.save([lq, l, w], tmp_path/"chosen.pt")
+    with pytest.raises(RunOccupied, match="given"): train_align(cfg)
+
+
+@pytest.mark.parametrize("change, message", [(dict(pairs="people.py:uneven"), "one lq, winners, losers and weight a group; got 1, 3, 3, 3"), (dict(pairs="people.py:floats"), "group 0: need bytes"),
+    (dict(patch=64), "sides of at least patch = 64"), (dict(pairs="people.py:table"), "must give Pairs, got a dict"), (dict(losers="sample", winners="photograph"), "pairs take the place")])
+def test_given_pairs_that_do_not_fit(config, people, monkeypatch, change, message):
+    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message): train_align(people(config, **change))
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("change, message", [(dict(losers="worst"), "losers must be one of"), (dict(winners="top", losers="sample", link="logistic"), "winners must be one of photograph"),

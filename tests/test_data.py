@@ -126,6 +126,17 @@ def test_pairs_do_not_depend_on_the_process(root):
     assert out.stdout.strip() == digest(embedded_photos("held_out")[3])
 
 
+def blurred(gt, generator, scale): return torch.nn.functional.avg_pool2d(gt, scale)
+
+
+def test_a_function_in_place_of_settings(album):
+    lq, gt = make_pair(album[0], 32, blurred)
+    assert torch.equal(lq, blurred(gt, None, 4).mul(255).round().div(255))
+    pool = PatchPool(album[:2], blurred, versions=1)
+    assert torch.equal(pool.lq[1][0], blurred(pool.gt[1].float().div(255), None, 4).mul(255).round().byte())
+    with pytest.raises(TypeError, match="degradation must be a Degradation"): make_pair(album[0], 32, "seesr")
+
+
 def test_pairs_follow_name_place_and_draw():
     p = embedded_photos("held_out")[0]
     base, gt = make_pair(p, 64, RESSHIFT_TEST)
@@ -189,6 +200,42 @@ def test_pool_cuts_sizes_to_multiples_of_8(tmp_path):
     pool = PatchPool(find_photos(tmp_path), RESSHIFT_TEST, versions=1)
     assert pool.gt[0].shape == (3, 40, 64) and pool.lq[0].shape == (1, 3, 10, 16)
     assert torch.equal(pool.gt[0].float()/255, read_image(tmp_path/"odd.png")[:, 2:42, 1:65])
+
+
+@pytest.fixture
+def ready(tmp_path):
+    "A folder of ready pairs: every fourth pixel, so that it shows whether a pair is aligned"
+    for k in range(4):
+        gt = noise(60, 76, seed=k).mul(255).round().div(255)
+        write_image(tmp_path/f"ready/gt/s/{k}.png", gt), write_image(tmp_path/f"ready/lq/{k}.png", gt[:, ::4, ::4])
+    return tmp_path/"ready"
+
+
+def test_ready_pairs(ready):
+    "Nothing is degraded, whatever the settings say, and every cut is at the same place in both"
+    photos = find_photos(ready)
+    assert [p.id for p in photos] == [f"s_{k}" for k in range(4)] and all(p.lq.stem == p.path.stem for p in photos)
+    for place in range(5):
+        for d in (RESSHIFT_TEST, SEESR):
+            lq, gt = make_pair(photos[1], (32, 40), d, place=place)
+            assert gt.shape == (3, 32, 40) and torch.equal(lq, gt[:, ::4, ::4])
+    pool = PatchPool(photos, SEESR, versions=3, max_side=40)
+    assert pool.gt[0].shape == (3, 56, 72) and pool.lq[0].shape == (1, 3, 14, 18)
+    pool.lq = [o*0+i for i, o in enumerate(pool.lq)] # which photograph; turns and flips are the pool's, as ever
+    pool.gt = [o*0+i for i, o in enumerate(pool.gt)]
+    lq, gt = pool.batch(50, 32, generator(0))
+    assert torch.equal(lq[:, 0, 0, 0], gt[:, 0, 0, 0]) and len(lq[:, 0, 0, 0].unique()) == 4
+    a, b = split_photos(photos, .5)
+    assert len(a)+len(b) == 4 and all(p.lq for p in (*a, *b))
+
+
+def test_ready_pairs_that_do_not_fit(ready, tmp_path):
+    with pytest.raises(ValueError, match="not 2 times"): make_pair(find_photos(ready)[0], 32, SEESR, scale=2)
+    write_image(ready/"more.png", noise(60, 76))
+    with pytest.raises(ValueError, match=r"more\.png beside them"): find_photos(ready)
+    (ready/"more.png").unlink()
+    (ready/"lq/2.png").unlink()
+    with pytest.raises(ValueError, match=r"2\.png has no partner"): find_photos(ready)
 
 
 def test_paired_folder_wants_both_sides(tmp_path):

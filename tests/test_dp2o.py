@@ -1,4 +1,5 @@
 "DP2O-SR end to end on a tiny network: killed and resumed, other forms, bad input, and the notebooks by papermill"
+import hashlib
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,10 +15,14 @@ import torch
 from conftest import same_result
 
 import srnb.training as training
-from srnb.core import RunOccupied, generator, read_run, run_done, to_pil
-from srnb.curation import finished_groups
+from srnb.core import RunOccupied, generator, read_run, run_done, to_pil, write_image
+from srnb.curation import finished_groups, read_group
+from srnb.data import PatchPool
+from srnb.degrade import RESSHIFT_TEST
 from srnb.nets import SmallUNet, UNetConfig
-from srnb.policies import Policy, save_pretrained
+from srnb.onestep import CTMSRRun, train_ctmsr
+from srnb.paths import Shift
+from srnb.policies import Policy, from_pretrained, save_pretrained
 from srnb.rewards import MetricUnavailable
 from srnb.training import DPORun, Loop, SFTRun, latest_checkpoint, train_dp2o, train_sft
 
@@ -112,6 +118,131 @@ def test_own_photographs(config, tmp_path):
     train, test = training.photo_sets((str(folder),), ())
     assert len(train)+len(test) == 8 and train and test and not {p.sha256 for p in train} & {p.sha256 for p in test}
     with pytest.raises(ValueError, match="held out"): training.photo_sets((str(folder),), (str(folder),))
+    (tmp_path/"one").mkdir()
+    to_pil(torch.rand(3, 96, 96, generator=g)).save(tmp_path/"one"/"one.png")
+    with pytest.raises(ValueError, match="at least 2 held out"): training.photo_sets((str(folder),), (str(tmp_path/"one"),))
+
+
+# ---------------------------------------------------------------- a file of one's own
+
+MINE = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from srnb.core import bicubic
+from srnb.nets import NETS
+from srnb.paths import Shift
+from srnb.policies import PixelCodec, Policy
+from srnb.rewards import PSNR_Y, Metric, Reward
+
+def averaged(gt, generator, scale): return nn.functional.avg_pool2d(gt, scale)*STRENGTH
+STRENGTH = 1.
+BRIGHT = Metric("bright", "nr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3)))
+REWARD = Reward("mine", fr=(PSNR_Y,), nr=(BRIGHT,))
+OTHER = Metric("psnr_y", "nr", True, BRIGHT.build)
+
+@dataclass(frozen=True)
+class MineConfig:
+    width:int = 8
+    scale:int = 4
+
+class Mine(nn.Module):
+    stride, lora_targets = 4, ("middle",)
+    def __init__(self, config=MineConfig()):
+        super().__init__()
+        self.config, w = config, config.width
+        self.head, self.middle, self.tail = nn.Conv2d(6, w, 3, padding=1), nn.Conv2d(w, w, 3, padding=1), nn.Conv2d(w, 3, 3, padding=1)
+    def forward(self, x, sigma, lq): return self.tail(self.middle(self.head(torch.cat([x, bicubic(lq, x.shape[-2:])], 1)).relu()).relu())
+
+NETS["Mine"] = Mine, MineConfig
+class Unknown(Mine): pass
+def base(): return Policy(Mine())
+POLICY = Policy(Mine())
+def shift(): return Policy(Mine(), Shift(), Shift(), PixelCodec())
+def lost(): return Policy(Unknown())
+def net(): return Mine()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "The working folder holds my.py"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my.py").write_text(MINE)
+    return tmp_path/"my.py"
+
+
+def test_own_policy_is_the_same_at_every_call(mine):
+    before = torch.get_rng_state()
+    for name in ("base", "POLICY"):
+        a, b = (training.small_policy("backbone", f"my.py:{name}", torch.float32) for _ in range(2))
+        assert torch.equal(before, torch.get_rng_state())
+        assert a is not b and a.net is not b.net and all(torch.equal(p, q) and p is not q for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
+        a.add_lora(2)
+        assert not training.small_policy("backbone", f"my.py:{name}", torch.float32).adapters
+        torch.set_rng_state(before) # PEFT draws
+
+
+def test_own_file(config, mine, capsys):
+    "Degradation, reward, metric and network by name: another process ends with the same result; a file that has changed is another run"
+    cfg = replace(config, out_dir="run", backbone="my.py:base", degradation="my.py:averaged", reward="my.py:REWARD", judges=("gmsd", "my.py:BRIGHT"), loop=replace(config.loop, steps=3))
+    conf, metrics = read_run(train_dp2o(cfg))
+    digest = hashlib.sha256(mine.read_bytes()).hexdigest()
+    assert set(metrics.metric) == {"reward", "psnr_y", "bright", "gmsd", "moved"}
+    assert [conf["params"][f"{k}_sha256"] for k in ("backbone", "degradation", "reward", "judges")] == [digest]*3+[[digest]]
+    group = read_group("run/bank", finished_groups("run/bank")[0])
+    assert torch.equal(group.lq, torch.nn.functional.avg_pool2d(group.gt, 4).mul(255).round().div(255))
+    Path("config.json").write_text(json.dumps(dict(training.asdict(cfg), run="dp2o", out_dir="other")))
+    other = subprocess.run([sys.executable, "-m", "srnb.training", "config.json"], capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr[-2000:]
+    same_result(Path("other"), Path("run"))
+    mine.write_text(MINE.replace("STRENGTH = 1.", "STRENGTH = .5"))
+    assert train_dp2o(cfg) == Path("run") and "is done" in capsys.readouterr().out # this config has read the file before
+    with pytest.raises(RunOccupied, match="degradation_sha256"): train_dp2o(replace(cfg))
+    mine.write_text(MINE)
+    assert train_dp2o(replace(cfg)) == Path("run")
+
+
+def test_own_network_is_trained(config, mine):
+    "Supervised and as a one-step network; what is written is a base like any other"
+    few = dict(versions=1, max_side=160, patch=36, batch=2, seed=1)
+    sft = SFTRun("sft", init="my.py:base", degradation="my.py:averaged", **few, loop=replace(config.loop, steps=20, lr=1e-2, ema=0.))
+    log = pd.read_parquet(train_sft(sft)/"log.parquet")
+    assert "mean" not in log and log.loss.iloc[-5:].mean() < log.loss.iloc[:3].mean() and json.loads(Path("sft/config.json").read_text())["params"]["init_sha256"]
+    policy = from_pretrained("sft/policy")
+    _, logs = training.sft_loss(PatchPool(training.embedded_photos("train")[:1], RESSHIFT_TEST, 1, 160), policy, 2, 32, 0)(policy.net, 0, 0)
+    assert set(logs) == {"flow"} and 0 < logs["flow"] < 100
+    assert len(read_run(train_dp2o(replace(config, out_dir="dp2o", backbone="sft/policy", loop=replace(config.loop, steps=1))))[1])
+    one = train_ctmsr(CTMSRRun("one", init="my.py:shift", degradation="my.py:averaged", **few | dict(patch=32), window=32, size=64, eval_m=2, judges=("psnr_y", "my.py:BRIGHT"), take=2, precision="no",
+                               refresh=1, loop=replace(config.loop, steps=2), match_loop=replace(config.loop, steps=2)))
+    assert set(read_run(one)[1].metric) == {"psnr_y", "bright", "spread"} and isinstance(from_pretrained(one/"policy").path, Shift)
+
+
+@pytest.mark.parametrize("change, message", [(dict(degradation="my.py:nothing"), "my.py has no 'nothing'"), (dict(reward="my.py:BRIGHT"), "must be a Reward, got a Metric"),
+    (dict(judges=("my.py:base",)), "must be a Metric, got a function"), (dict(degradation="my.py:STRENGTH"), "must be a Degradation or Callable, got a float"), (dict(reward="my.py"), "NAME; got 'my.py'"),
+    (dict(hpo="my.py:BRIGHT"), "hpo must be one of none, intra, inter, both; got")])
+def test_own_file_that_does_not_fit(config, mine, change, message):
+    with pytest.raises(ValueError, match=message): replace(config, **change)
+
+
+def test_own_file_refused_before_any_work(config, mine, monkeypatch):
+    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
+    with pytest.raises(FileNotFoundError, match="reward: no file at your.py"): replace(config, reward="your.py:REWARD")
+    with pytest.raises(ValueError, match="two metrics are called 'psnr_y'"): train_dp2o(replace(config, out_dir="x", reward="my.py:REWARD", judges=("my.py:OTHER",)))
+    with pytest.raises(ValueError, match="must be a Policy, or a function without arguments that gives one; it is, or gives, a Mine"): train_dp2o(replace(config, out_dir="x", backbone="my.py:net"))
+    with pytest.raises(ValueError, match=r"could not be read back .*'Unknown'.*NETS\['Unknown'\] = Unknown"): train_sft(SFTRun("x", init="my.py:lost", versions=1, max_side=160))
+    assert not Path("x").exists()
+
+
+def test_ready_pairs(config, tmp_path):
+    "A folder with lq and gt in place of photographs: the run's inputs are the files"
+    for k, p in enumerate(training.embedded_photos("train")[:5]):
+        gt = p.read()[:, :96, :96]
+        for name, image in (("gt", gt), ("lq", gt[:, ::4, ::4])): write_image(tmp_path/("held" if k > 2 else "train")/name/f"{p.id}.png", image)
+    out = train_dp2o(replace(config, out_dir=str(tmp_path/"run"), photos=(str(tmp_path/"train"),), held_out=(str(tmp_path/"held"),), take=0, loop=replace(config.loop, steps=1)))
+    for bank, n in (("bank", 3), ("after", 2)):
+        groups = [read_group(out/bank, i) for i in finished_groups(out/bank)]
+        assert len(groups) == n and all(torch.equal(g.lq, g.gt[:, ::4, ::4]) for g in groups)
 
 
 # ---------------------------------------------------------------- bad input
@@ -167,7 +298,7 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_dp2o", "train_sft", "train_dp2o_study", "train_asasr", "train_study", "train_dro", "train_ctmsr", "compare_upscalers"])
+@pytest.mark.parametrize("name", ["train_sft", "train_dp2o_study", "train_study", "train_ctmsr"]) # tests/test_readme.py runs the others
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]

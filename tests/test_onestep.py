@@ -96,10 +96,9 @@ def test_another_config_is_refused(whole, config):
 
 
 def test_a_photograph_that_the_start_has_seen_is_refused(whole, config, tmp_path):
-    photo = embedded_photos("train")[0].path
-    for name, p in (("seen", photo), ("other", embedded_photos("train")[3].path)):
+    for name, photos in (("seen", embedded_photos("train")[:2]), ("other", embedded_photos("train")[3:4])):
         (tmp_path/name).mkdir()
-        (tmp_path/name/p.name).write_bytes(p.read_bytes())
+        for p in photos: (tmp_path/name/p.path.name).write_bytes(p.path.read_bytes())
     cfg = replace(config, out_dir=str(tmp_path/"x"), init=str(whole/"policy"), channels=(64, 128, 128), blocks=(4, 2, 2), tail=32, photos=(str(tmp_path/"other"),), held_out=(str(tmp_path/"seen"),))
     with pytest.raises(ValueError, match="was in the training of"): train_ctmsr(cfg)
     assert not (tmp_path/"x").exists()

@@ -1,4 +1,5 @@
 "Adapters as PEFT itself reads them, and the shipped base"
+import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
@@ -6,6 +7,7 @@ from safetensors import safe_open
 from srnb.core import check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
+from srnb.paths import Flow, VPEps
 from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter
 
 
@@ -34,6 +36,15 @@ def test_adapter_does_not_depend_on_the_global_seed():
             torch.manual_seed(seed)
             return [p.detach().clone() for p in Policy(toy()).add_lora(3, seed=7)]
     assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+@pytest.mark.parametrize("path", [Flow(), VPEps()], ids=["own", "converted"])
+def test_an_answer_of_another_shape_is_refused(path):
+    class One(torch.nn.Conv2d):
+        def forward(self, x, sigma, lq): return super().forward(x)
+    x = torch.randn(2, 3, 16, 16, generator=generator(0))
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"): Policy(One(3, 1, 1), path).predict(x, torch.full((2,), .5), None)
+    assert Policy(One(3, 3, 1), path).predict(x, torch.full((2,), .5), None).shape == x.shape
 
 
 def test_shipped_base(tmp_path):

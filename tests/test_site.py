@@ -26,16 +26,23 @@ def test_readme_is_what_index_says(root):
     assert (root/"README.md").read_text() == readme.readme(nbformat.read(root/"nbs/index.ipynb", as_version=4))
 
 
-def test_index_shows_the_record_as_it_is(root):
+def said(nb): # what a page shows
+    return [(o.get("text"), o.get("data")) for c in nb.cells for o in c.get("outputs", [])]
+
+
+@pytest.mark.parametrize("name", ["index", "api", "refs"])
+def test_pages_made_from_the_tree_are_up_to_date(name, root):
+    "They show records, the package's source, and its citations and tests"
     from nbclient import NotebookClient
-    nb = nbformat.read(root/"nbs/index.ipynb", as_version=4)
-    saved = readme.readme(nb)
+    nb = nbformat.read(root/f"nbs/{name}.ipynb", as_version=4)
+    saved = said(nb)
     NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(root/"nbs")}}).execute()
-    assert readme.readme(nb) == saved, "nbs/index.ipynb shows an old record: make pages NB=index"
+    assert said(nb) == saved, f"nbs/{name}.ipynb shows what was: make pages NB={name}"
 
 
 # ---- a small tree that passes, then one fault at a time
 
+FIGURE = '#| label: fig-line\n#| fig-cap: "A line."\n#| fig-alt: "It rises."\nplot()'
 PNG = base64.b64encode(b"\x89PNG" + bytes(100)).decode()
 
 def write(root, name, *cells):
@@ -43,17 +50,17 @@ def write(root, name, *cells):
     for i, c in enumerate(nb.cells): c["id"] = f"{name[:20].replace('_', '-')}-{i}"
     nbformat.write(nb, root/f"nbs/{name}.ipynb")
 
-def room(root, name, body, outputs=None, text=""):
+def room(root, name, body, outputs=None, text="Words", check="check()"):
     module = name.partition("_")[2]
     shown = [new_output("stream", text="max error 0\n")] if outputs is None else outputs
     write(root, name, new_code_cell(f"#| default_exp {module}"),
-          new_markdown_cell(f"# Title of {module}\n\n> Plain words\n\n{text}"),
-          new_code_cell(f"#| export\n{body}"), new_code_cell("check()", outputs=shown))
+          new_markdown_cell(f"# Title of {module}\n\n> Plain words"),
+          new_markdown_cell(text), new_code_cell(f"#| exports\n{body}"), new_code_cell(check, outputs=shown))
     (root/f"srnb/{module}.py").write_text(f"__all__ = []\n\n{body}\n")
 
 def experiment(root, name, front="", tags=("parameters",), source='seed = 0\nreward = "offline"\nlr = -1e-3'):
     cells = [new_raw_cell(f"---\n{front}\n---")] if front else []
-    write(root, name, *cells, new_markdown_cell(f"# {name}"), new_code_cell(source, metadata={"tags": list(tags)}))
+    write(root, name, *cells, new_markdown_cell(f"# {name}\n\n> What it asks"), new_code_cell(source, metadata={"tags": list(tags)}))
 
 @pytest.fixture
 def tree(tmp_path):
@@ -61,14 +68,14 @@ def tree(tmp_path):
     for o in ("nbs/_records/demo", "srnb/photos", "tests"): (root/o).mkdir(parents=True)
     (root/"nbs/_records/demo/figure.png").write_bytes(bytes(1000))
     (root/"srnb/__init__.py").write_text('__version__ = "0"\n')
-    room(root, "00_core", "import math\n\ndef low(x): return math.sqrt(x)", text="## Two words: here\n\n$x$")
+    room(root, "00_core", "import math\n\ndef low(x): return math.sqrt(x)", text="## Two words: here\n\n$x$ and\n\n$$\n\\frac{1}{2}\n$$ {#eq-half}\n\nby @eq-half")
     room(root, "01_paths", "from srnb.core import low\n\ndef high(x): return low(x)",
-         outputs=[new_output("display_data", data={"image/png": PNG})],
-         text="[core](00_core.ipynb#two-words-here) and [above](#title-of-paths)")
+         outputs=[new_output("display_data", data={"image/png": PNG})], check=FIGURE,
+         text="[core](00_core.ipynb#two-words-here), [above](#title-of-paths), [there](00_core.ipynb#low), see @fig-line")
     experiment(root, "train_small")
     experiment(root, "table_small", front="skip_exec: true")
-    text = "# Tree\n\n![What it shows](_records/demo/figure.png) and [core](00_core.ipynb)"
-    write(root, "index", new_markdown_cell(text))
+    text = "![What it shows](_records/demo/figure.png) and [core](00_core.ipynb)"
+    write(root, "index", new_markdown_cell("# Tree\n\n> A tree"), new_markdown_cell(text), shown("text/html", '<img alt="A dot" src="data:image/png;base64,AA">'))
     contents = [{"section": "Start", "contents": ["index.ipynb", "00_core.ipynb"]}, "01_paths.ipynb",
                 "train_small.ipynb", "table_small.ipynb"]
     (root/"_quarto.yml").write_text(json.dumps({"website": {"sidebar": {"contents": contents}}}))
@@ -126,9 +133,51 @@ FAULTS = dict(
         lambda r: add(r, "index", new_markdown_cell("[x](gone.ipynb)"))),
     dead_anchor=("check_links", "a heading that is not there",
         lambda r: edit(r/"nbs/00_core.ipynb", "Two words", "Three words")),
+    dead_function=("check_links", "00_core.ipynb#low, a heading",
+        lambda r: edit(r/"nbs/00_core.ipynb", "#| exports", "#| export")),
     dead_own_anchor=("check_links", "#nowhere", lambda r: add(r, "index", new_markdown_cell("[x](#nowhere)"))),
     dead_readme_link=("check_links", "README.md: link", lambda r: edit(r/"README.md", "nbs/", "")),
     link_outside=("check_links", "which is not there", lambda r: add(r, "index", new_markdown_cell("[x](../../)"))),
+    no_title=("check_titles", "0 titles", lambda r: edit(r/"nbs/index.ipynb", "# Tree", "Tree")),
+    two_titles=("check_titles", "2 titles", lambda r: add(r, "index", new_markdown_cell("# Another"))),
+    no_line=("check_titles", "no line of the form", lambda r: edit(r/"nbs/index.ipynb", "> A tree", "A tree")),
+    tex_line=("check_titles", "TeX in the line", lambda r: edit(r/"nbs/index.ipynb", "> A tree", "> A $2$")),
+    lost_text=("check_titles", "a cell of its own", lambda r: edit(r/"nbs/index.ipynb", "> A tree", "> A tree\\n\\nLost")),
+    no_label=("check_equations", "no label", lambda r: edit(r/"nbs/00_core.ipynb", " {#eq-half}", "")),
+    other_label=("check_equations", "must begin with eq-", lambda r: edit(r/"nbs/00_core.ipynb", "{#eq-half}", "{#half}")),
+    same_label=("check_equations", "a second eq-half", lambda r: add(r, "00_core", new_markdown_cell("$$1$$ {#eq-half}"))),
+    bad_tex=("check_equations", "no MathML", lambda r: edit(r/"nbs/00_core.ipynb", "frac{1}{2}", "nofrac{1}{2")),
+    bad_inline=("check_equations", "no MathML", lambda r: add(r, "index", new_markdown_cell(r"a $\frac{1$ b"))),
+    bad_output=("check_equations", "no MathML", lambda r: add(r, "index", shown("text/markdown", r"a $\mathbb{ x$ b"))),
+    no_caption=("check_figures", "without fig-cap", lambda r: edit(r/"nbs/01_paths.ipynb", "fig-cap", "cap")),
+    no_fig_alt=("check_figures", "without fig-alt", lambda r: edit(r/"nbs/01_paths.ipynb", "It rises.", "")),
+    same_alt=("check_figures", "repeats", lambda r: edit(r/"nbs/01_paths.ipynb", "It rises.", "A line.")),
+    no_fig_label=("check_figures", "without label", lambda r: edit(r/"nbs/01_paths.ipynb", "label:", "tag:")),
+    fig_prefix=("check_figures", "must begin with fig-", lambda r: edit(r/"nbs/01_paths.ipynb", "label: fig-", "label: ")),
+    unseen=("check_figures", "no text refers", lambda r: edit(r/"nbs/01_paths.ipynb", "see @fig-line", "see")),
+    twins=("check_figures", "a second fig-line", lambda r: add(r, "01_paths", new_code_cell(FIGURE,
+        outputs=[new_output("display_data", data={"image/png": PNG})]))),
+    yaml_caption=("check_figures", "without fig-cap", lambda r: edit(r/"nbs/01_paths.ipynb", '\\"A line.\\"', "A line: no YAML: this")),
+    yaml_escape=("check_figures", "without fig-alt", lambda r: edit(r/"nbs/01_paths.ipynb", "It rises.", r"\\sigma rises.")),
+    late_options=("check_figures", "without label, fig-cap, fig-alt", lambda r: edit(r/"nbs/01_paths.ipynb", '"#| label: fig-line', '"x = 1\\n",\n    "#| label: fig-line')),
+    and_a_table=("check_figures", "2 things shown", lambda r: add(r, "01_paths", new_code_cell(FIGURE.replace("fig-line", "fig-b"),
+        outputs=[new_output("display_data", data={"image/png": PNG}), new_output("display_data", data={"text/html": "<table></table>"})]))),
+    numbered=("check_lists", "becomes a list: (17) says", lambda r: add(r, "index", new_markdown_cell("By it\n\n(17) says so"))),
+    numbered_item=("check_lists", "becomes a list", lambda r: add(r, "index", new_markdown_cell("3. (a) says so"))),
+    stderr=("check_outputs", "stderr on the page", lambda r: add(r, "index", new_code_cell("f()", outputs=[new_output("stream", name="stderr", text="Failed\n")]))),
+    temporary=("check_outputs", "a temporary path", lambda r: add(r, "index", new_code_cell("f()", outputs=[new_output("stream", text="wrote /tmp/" + "tmpab/x\n")]))),
+    html_style=("check_html", "loads @import", lambda r: add(r, "index", shown("text/html", "<style>@import 'a.css'</style>"))),
+    html_url=("check_html", "loads url(", lambda r: add(r, "index", shown("text/html", "<style>a { src: url(https://x.org/a) }</style>"))),
+    html_fetch=("check_html", "loads fetch(", lambda r: add(r, "index", shown("text/html", "<script>fetch('a')</script>"))),
+    two_pictures=("check_figures", "2 things shown", lambda r: add(r, "01_paths", new_code_cell(FIGURE,
+        outputs=[new_output("display_data", data={"image/png": PNG})]*2))),
+    no_saved=("check_figures", "no saved picture", lambda r: add(r, "01_paths", new_code_cell(FIGURE))),
+    nowhere=("check_references", "@eq-none is not", lambda r: add(r, "index", new_markdown_cell("by @eq-none."))),
+    other_page=("check_references", "@eq-half is not", lambda r: add(r, "index", new_markdown_cell("by @eq-half"))),
+    html_alt=("check_html", "no alt text", lambda r: edit(r/"nbs/index.ipynb", "A dot", "")),
+    html_far=("check_html", "loads https", lambda r: add(r, "index", shown("text/html", '<script src="https://x.org/a.js"></script>'))),
+    html_big=("check_html", "picture of 150 kB",
+        lambda r: add(r, "index", shown("text/html", f'<img alt="A" src="data:image/png;base64,{"A"*200_000}">'))),
     no_target=("check_commands", "no target demos", lambda r: edit(r/"README.md", "make demo", "make demos")),
     no_such_run=("check_commands", "train_big.ipynb, which is not there",
         lambda r: edit(r/"README.md", "train_small", "train_big")),

@@ -1,0 +1,111 @@
+"""The commands of README.md, extracted and run as they stand. What they name for the reader (a photograph, a folder, a
+checkpoint) is put there first; notebooks see IN_TEST, which makes them small; of make, only the plan is asked for, since
+`make test` is what runs this."""
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent/"README.md"
+
+
+def commands(text:str)->list[str]:
+    "Lines of the bash blocks, continued lines joined, comments left out"
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M|re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(re.sub(r"(^|\s)#.*", "", o).split()) for o in lines if o.strip() and not o.lstrip().startswith("#")]
+
+
+FOUND = commands(README.read_text())
+
+
+def photographs(folder:Path)->None:
+    "Copies, three of which a split by content holds out"
+    from srnb.data import embedded_photos, share_of
+    folder.mkdir(parents=True)
+    by_share = sorted(embedded_photos(), key=share_of)
+    for p in by_share[:3]+by_share[-2:]: shutil.copy(p.path, folder)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory)->dict[str, str]:
+    "What README calls path/to/..., and a pipeline in place of the one that would be downloaded"
+    import torch
+    from spandrel.architectures.Compact import Compact
+
+    from srnb.backbones import load_backbone, write_tiny, write_tiny_control
+    top = tmp_path_factory.mktemp("readme")
+    photographs(top/"photographs")
+    torch.manual_seed(0)
+    torch.save(Compact(num_feat=8, num_conv=2, upscale=4).state_dict(), top/"checkpoint.pth")
+    write_tiny_control(load_backbone(write_tiny("sd", top/"sd2")), top/"controlnet")
+    return {"path/to/folder": str(top/"photographs"), "path/to/checkpoint.pth": str(top/"checkpoint.pth"),
+            "path/to/controlnet": str(top/"controlnet"), "sd2": str(top/"sd2")}
+
+
+def here(command:str)->str:
+    "Programs of the environment that runs this"
+    return command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+
+
+def run(command:str, cwd:Path, env:dict, seconds:int=280)->None:
+    done = subprocess.run(["bash", "-c", here(command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def test_every_kind_is_run_here():
+    "A command that README gains must be run below"
+    kinds = [re.search(r"\bmake\b|papermill|srnb upscale|echo|accelerate launch", o) for o in FOUND]
+    assert FOUND and all(kinds), [o for o, k in zip(FOUND, kinds, strict=True) if not k]
+    assert {"make", "papermill", "srnb upscale", "echo", "accelerate launch"} == {k[0] for k in kinds}
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if o.startswith("make ")])
+def test_make(command, root, clean_env):
+    run(command.replace("make ", "make --dry-run "), root, clean_env)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("command", [o for o in FOUND if "papermill" in o])
+def test_papermill(command, root, tmp_path, places, clean_env):
+    env, small = dict(clean_env, IN_TEST="1"), ""
+    if "-p backbone sd2" in command: small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p steps 2"
+    if "compare_upscalers" in command: small, env = f" -p size 64 -p take 1 -p out_dir {tmp_path}/compare", clean_env # which in a test leaves the checkpoint out
+    for name in ("path/to/folder", "path/to/checkpoint.pth", "path/to/controlnet"): command = command.replace(name, places[name])
+    run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
+    assert list(tmp_path.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb upscale" in o])
+def test_upscale(command, tmp_path, clean_env):
+    from PIL import Image
+    (tmp_path/"holiday").mkdir()
+    for name, size in {"photo.jpg": (20, 16), "holiday/a.jpg": (24, 20), "holiday/b.png": (24, 20)}.items():
+        Image.new("RGB", size, (90, 120, 60)).save(tmp_path/name)
+    run(command, tmp_path, clean_env)
+    made = {p.stem: Image.open(p).size for p in (tmp_path/"bigger").rglob("*.png")}
+    assert len(made) == 3 and made["photo"] == (80, 64) and set(made.values()) == {(80, 64), (96, 80)}
+
+
+@pytest.mark.timeout(300)
+def test_launch(root, tmp_path, places, tiny, clean_env):
+    "The config is written as README writes it, then made small, and launched on one CPU process instead of eight GPUs"
+    echo, launch = ([o for o in FOUND if w in o] for w in ("echo", "accelerate launch"))
+    assert len(echo) == len(launch) == 1
+    run(echo[0], tmp_path, clean_env)
+    config = json.loads((tmp_path/"config.json").read_text())
+    less = dict(out_dir=str(tmp_path/"run"), backbone=str(tiny), photos=[places["path/to/folder"]], size=64, patch=32, m=4, n=1, steps=2, eval_m=2, take=2,
+                places=1, precision="no")
+    config = config | {k: v for k, v in less.items()} | {"loop": config["loop"] | {"steps": 1, "parts": 1}}
+    (tmp_path/"config.json").write_text(json.dumps(config))
+    words = shlex.split(launch[0])
+    at = words.index("launch")+1
+    words[at:at] = ["--cpu", "--num_processes", "1"]
+    words = [str(root/o) if o.endswith(".yaml") else o for o in words]
+    run(shlex.join(words), tmp_path, clean_env)
+    assert (tmp_path/"run/metrics.parquet").exists()
