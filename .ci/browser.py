@@ -141,7 +141,7 @@ def check_ranking(page:Page, work:Path)->list[str]:
         with page.expect_download() as download: page.locator("#download").click()
         download.value.save_as(work/"p1.json")
     answers = read_answers(work/"p1.json", key)
-    print(top_votes(answers).to_string(index=False))
+    print(top_votes(answers, "image").to_string(index=False))
     import json
     order = {v["image"]: {m: letter for letter, m in v["methods"].items()} for v in json.loads(key.read_text())["images"].values()}
     first, second = order

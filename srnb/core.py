@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
            'bicubic', 'read_image', 'to_pil', 'write_image', 'progress', 'RunOccupied', 'write_json', 'write_table',
-           'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run']
+           'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -15,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -279,3 +279,14 @@ def read_run(
     for n in ("config.json", "metrics.parquet"):
         if not (folder/n).exists(): raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
     return json.loads((folder/"config.json").read_text()), pd.read_parquet(folder/"metrics.parquet")
+
+# %% ../nbs/00_core.ipynb #00-core-new1
+def in_words(
+    settings:Mapping, # of a run; may be nested
+)->str:               # one line
+    "Settings as a line of text"
+    def say(v):
+        if isinstance(v, Mapping): return f"({in_words(v)})"
+        if isinstance(v, (list, tuple)): return ", ".join(map(say, v))
+        return f"{v:g}" if isinstance(v, float) else str(v)
+    return "; ".join(f"{k} {say(v)}" for k, v in settings.items())
