@@ -29,7 +29,7 @@ def headed(
     if cell.cell_type != "code" or SHOWN not in cell.source: return [cell]
     cell.source = cell.source.replace(f"#| code-fold: show\n{SHOWN}\n", "") # all of them are open; a page may fold its own
     names = public(cell.source)
-    return [nbformat.v4.new_markdown_cell("\n\n".join(f"### {o}" for o in names)), cell] if names else [cell]
+    return [nbformat.v4.new_markdown_cell("\n\n".join(f"### {o} {{.exported}}" for o in names)), cell] if names else [cell]
 
 
 def homes(

@@ -143,5 +143,5 @@ def test_headings_and_links(tmp_path):
     assert docs.linked(text, home, "10_a.ipynb") == want
     assert docs.linked("`small`", home, "11_b.ipynb") == "[`small`](10_a.ipynb#small)"
     heading, source = docs.headed(new_code_cell(code))
-    assert heading.source == "### Big\n\n### small" and source.source.startswith("@dataclass")
+    assert heading.source == "### Big {.exported}\n\n### small {.exported}" and source.source.startswith("@dataclass")
     assert [c.source for c in docs.headed(new_code_cell("x = 1"))] == ["x = 1"]
