@@ -2,8 +2,6 @@
 import gc
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,14 +170,3 @@ def test_v_prediction(folders, tmp_path):
     a, b = (load_backbone(write_tiny("sd", tmp_path/p, prediction=p)) for p in ("epsilon", "v_prediction"))
     lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
     assert type(b.path).__name__ == "SDV" and (a.sample(lq, [0], 3)-b.sample(lq, [0], 3)).abs().max() > .02
-
-
-@pytest.mark.timeout(600)
-def test_papermill(folders, root, tmp_path, clean_env):
-    "The experiment notebook takes a backbone by its name"
-    options = f"{{control: {folders['flux-control']}}}"
-    cmd = [sys.executable, "-m", "papermill", str(root/"nbs/train_dp2o.ipynb"), str(tmp_path/"out.ipynb"), "--no-progress-bar", "-p", "backbone", "flux",
-           "-y", f"{{backbones: {{flux: {folders['flux']}}}, options: {options}}}", "-p", "out_dir", str(tmp_path/"run")]
-    done = subprocess.run(cmd, cwd=root, env=dict(clean_env, IN_TEST="1"), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert str(folders["flux"]) in (tmp_path/"out.ipynb").read_text()
