@@ -13,6 +13,7 @@ import refs
 import yaml
 from docs import public
 from readme import directives
+from refs import pages as notebooks # read again only if a file has changed
 from typeset import formulas, mathml, options, pictures, references
 
 FIGURE, NOTEBOOK = 100_000, 1_000_000                           # bytes
@@ -22,10 +23,6 @@ TOP = {"nbs", "srnb", "tests", "settings.ini", "pyproject.toml", "README.md", "_
 
 
 # ---- reading the tree
-
-def notebooks(root:Path)->dict: # name without .ipynb -> notebook
-    "The notebooks of nbs/ that nbdev sees"
-    return {p.stem: nbformat.read(p, as_version=4) for p in sorted((root/"nbs").glob("[!_.]*.ipynb"))}
 
 def front_matter(nb)->dict:
     "Front matter as nbdev reads it: raw cells in YAML, and the list under the first heading"
