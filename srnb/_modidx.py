@@ -412,6 +412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.paths.flow_of_vp': ('paths.html#flow_of_vp', 'srnb/paths.py'),
                             'srnb.paths.get_sigmas_vp': ('paths.html#get_sigmas_vp', 'srnb/paths.py'),
                             'srnb.paths.posterior_var': ('paths.html#posterior_var', 'srnb/paths.py'),
+                            'srnb.paths.sample_ab2': ('paths.html#sample_ab2', 'srnb/paths.py'),
                             'srnb.paths.sample_ddim': ('paths.html#sample_ddim', 'srnb/paths.py'),
                             'srnb.paths.sample_ddpm': ('paths.html#sample_ddpm', 'srnb/paths.py'),
                             'srnb.paths.sample_euler': ('paths.html#sample_euler', 'srnb/paths.py'),

@@ -45,7 +45,7 @@ LINKS = dict(bottom=("logistic", "hinge"), sample=("logistic", "hinge"), adversa
 class AlignRun:
     "One alignment run: winners, losers, energy and link, from one base"
     out_dir:str                        # the run's folder
-    backbone:str = "small"             # "small", "onestep", the folder of a policy, `file.py:NAME`, or a backbone of room 12: a folder in diffusers' layout, or its name on the Hub
+    backbone:str = "small"             # in SHIPPED, the folder of a policy, `file.py:NAME`, or a backbone of room 12: a folder in diffusers' layout, or its name on the Hub
     photos:tuple[str, ...] = ()        # folders to train on; none: the embedded photographs marked train
     held_out:tuple[str, ...] = ()      # folders to report on; none: the embedded held-out ones, or a share of `photos`
     degradation:str = "resshift_test"  # a key of DEGRADATIONS, or `file.py:NAME`

@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .core import RunOccupied, _replace, check_images, open_run, seed_of, write_table
-from .paths import sample_ddim
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
 
@@ -340,7 +339,7 @@ def make_bank(
     pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq (3,h,w), gt (3,H,W)) of every photograph; may read them when asked
     m:int,                          # candidates of a photograph
     steps:int=10,                   # of the sampler
-    sampler:Callable=sample_ddim,   # of the policy's path
+    sampler:Callable|None=None,     # None: the policy's own
     seed:int=0,                     # of the bank
     note:dict|None=None,            # what else decides the inputs: degradation, crop; recorded and compared
     prompts:dict[str, str]|None=None, # id -> prompt; none: every prompt is empty
@@ -349,7 +348,7 @@ def make_bank(
     def draw(i, lq):
         prompt = dict(prompts=[prompts[i]]) if prompts and prompts[i] else {}
         return policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler, **prompt)[0]
-    params = dict(policy=fingerprint(policy), m=m, steps=steps, sampler=sampler.__name__, seed=seed, **(note or {}))
+    params = dict(policy=fingerprint(policy), m=m, steps=steps, sampler=(sampler or policy.sampler).__name__, seed=seed, **(note or {}))
     return _fill(folder, pairs, draw, f"groups of {m}", params, prompts)
 
 def make_outputs(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .core import bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
 from .nets import load_net, save_net
-from .paths import Flow, Shift, convert, sample_ddim
+from .paths import SAMPLERS, Flow, Shift, convert, sample_ddim
 
 # %% ../nbs/11_policies.ipynb #11-policies-007
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class Policy:
         trained_on=Flow(),                   # noqa: B008  path on which the network was trained
         codec:ResidualCodec=ResidualCodec(), # noqa: B008  between images and z
         dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16 runs it under autocast
+        sampler:Callable=sample_ddim,        # that it is sampled with if nobody names another
     ):
-        self.net, self.path, self.trained_on, self.codec, self.dtype = net, path, trained_on, codec, dtype
+        self.net, self.path, self.trained_on, self.codec, self.dtype, self.sampler = net, path, trained_on, codec, dtype, sampler
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self._layers, self.off = [], set() # layers that carry adapters; names of adapters that are on only inside `using`
 
@@ -153,7 +154,7 @@ def _solve(self,
     lq:Tensor,                         # (B,3,h,w), [0, 1]
     noise:Tensor,                      # (B,*codec.shape(lq)), standard normal
     steps:int|None=None,               # sampler steps; None: 10, or 1 on a path of residual shifting
-    sampler:Callable=sample_ddim,      # (predict, x, sigmas, path, draw) -> z
+    sampler:Callable|None=None,        # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     draw:Callable|None=None,           # x -> standard normal noise like x, for an ancestral sampler
     cond:Tensor|None=None,             # `encode(lq)`, if it is at hand
 )->Tensor:                             # (B,3,4h,4w), 8-bit values in [0, 1], on the policy's device
@@ -164,7 +165,7 @@ def _solve(self,
     with in_eval(self.net):
         cond = self.encode(lq) if cond is None else cond
         def predict(x, sigma): return self.guided(x, sigma, cond)
-        z = sampler(predict, path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device), path, draw)
+        z = (sampler or self.sampler)(predict, path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device), path, draw)
     return self.codec.decode(z, lq)
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ def _sample(self,
     lq:Tensor,                         # (B,3,h,w), [0, 1]
     seeds:Sequence,                    # (S,) integers used for every image, or (B,S): one list per image
     steps:int|None=None,               # sampler steps; None: 10, or 1 on a path of residual shifting
-    sampler:Callable=sample_ddim,      # (predict, x, sigmas, path, draw) -> z
+    sampler:Callable|None=None,        # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     batch:int|None=None,               # samples computed together; None: 1 on a CPU, 8 elsewhere
     prompts:Sequence[str]|None=None,   # one per image, for a backbone that reads text; None: empty
 )->Tensor:                             # (B,S,3,H,W), 8-bit values in [0, 1], on the CPU
@@ -291,7 +292,7 @@ def _reference(self,
 Policy.using, Policy.reference = _using, _reference
 
 # %% ../nbs/11_policies.ipynb #11-policies-038
-SHIPPED = ("small", "onestep") # what ships in srnb/weights
+SHIPPED = ("small", "small2", "onestep") # what ships in srnb/weights; small2 is the better flow, the studies start from small
 TRAINED = dict(Flow=(Flow(), ResidualCodec), Shift=(Shift(), PixelCodec)) # what a policy.json may name
 
 def save_pretrained(
@@ -301,8 +302,10 @@ def save_pretrained(
 )->Path:
     "Write a policy's network and codec"
     if hasattr(policy.net, "peft_config"): raise ValueError("the network carries adapters; write them with save_adapter")
+    sampler = next((n for n, s in SAMPLERS.items() if s is policy.sampler), None)
+    if sampler is None: raise ValueError(f"a policy's file names its sampler, one of {', '.join(SAMPLERS)}; this one has {policy.sampler.__name__}")
     save_net(policy.net, folder, dtype)
-    write_json(Path(folder)/"policy.json", dict(trained_on=type(policy.trained_on).__name__, scale=policy.codec.scale))
+    write_json(Path(folder)/"policy.json", dict(trained_on=type(policy.trained_on).__name__, scale=policy.codec.scale, sampler=sampler))
     return Path(folder)
 
 def policy_folder(
@@ -312,7 +315,7 @@ def policy_folder(
     return Path(str(files("srnb")))/"weights"/name if name in SHIPPED else Path(name)
 
 def from_pretrained(
-    folder:str|Path="small",          # a folder that save_pretrained wrote, or "small", the embedded flow, or "onestep"
+    folder:str|Path="small",          # a folder that save_pretrained wrote, or "small" or "small2", the embedded flows, or "onestep"
     path=None,             # path to run it on; None: the one it was trained on
     dtype:torch.dtype=torch.float32,  # of the arithmetic
     device:str|torch.device="cpu",
@@ -322,9 +325,10 @@ def from_pretrained(
     net = load_net(folder)
     meta = json.loads((folder/"policy.json").read_text())
     if meta["trained_on"] not in TRAINED: raise ValueError(f"{folder}: trained on {meta['trained_on']!r}, none of {', '.join(TRAINED)}")
+    if (sampler := meta.get("sampler", "ddim")) not in SAMPLERS: raise ValueError(f"{folder}: sampled with {sampler!r}, none of {', '.join(SAMPLERS)}")
     trained_on, codec = TRAINED[meta["trained_on"]]
     net = net.to(device, memory_format=torch.channels_last)
-    return Policy(net, path or trained_on, trained_on, codec(meta["scale"], net.config.scale), dtype)
+    return Policy(net, path or trained_on, trained_on, codec(meta["scale"], net.config.scale), dtype, SAMPLERS[sampler])
 
 # %% ../nbs/11_policies.ipynb #11-policies-039
 def save_adapter(

@@ -85,7 +85,7 @@ def test_kill_9(whole, config, tmp_path):
     same_result(out, whole)
 
 
-@pytest.mark.parametrize("change", [dict(path="vp_eps", sampler="ddpm"), dict(path="vp_v", safeguard=True), dict(normaliser="global", hpo="none")],
+@pytest.mark.parametrize("change", [dict(path="vp_eps", sampler="ddpm"), dict(path="vp_v", sampler="ab2", safeguard=True), dict(normaliser="global", hpo="none")],
                          ids=lambda o: "-".join(map(str, o.values())))
 def test_forms(config, tmp_path, change):
     "One flow network as diffusion policy, the safeguard, the other normaliser: the whole way runs and starts at ln 2"

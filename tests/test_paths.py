@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 
-from srnb.paths import (VPV, Flow, VPEps, convert, flow_of_vp, posterior_var, sample_ddim, sample_ddpm, sample_euler,
-                        vp_of_flow)
+from srnb.paths import (SAMPLERS, VPV, Flow, Shift, VPEps, convert, flow_of_vp, posterior_var, sample_ab2, sample_ddim, sample_ddpm,
+                        sample_euler, vp_of_flow)
 
 PATHS = [Flow(), VPEps(), VPV()]
 B, C, H, W = 4, 3, 5, 6
@@ -72,6 +72,36 @@ def test_batch_of_one_equals_batch():
     whole = sample_ddim(net, x, grid, VPV())
     single = torch.cat([sample_ddim(net, o[None], grid, VPV()) for o in x])
     torch.testing.assert_close(single, whole, rtol=0, atol=1e-12)
+
+def test_ab2_is_of_second_order():
+    "Against SciPy's adaptive solver on a network that is not linear: halving the step divides the error by four, Euler's by two"
+    from scipy.integrate import solve_ivp
+    x = rand(1, C, H, W)
+    def slope(s, flat): return net(torch.from_numpy(flat).view_as(x), torch.tensor([s])).flatten().numpy()
+    exact = torch.from_numpy(solve_ivp(slope, (1, 0), x.flatten().numpy(), rtol=1e-11, atol=1e-11).y[:, -1]).view_as(x)
+    def error(sampler, n): return (sampler(net, x, Flow().sigma_grid(n).double(), Flow())-exact).norm()
+    for sampler, factor in ((sample_ddim, 2), (sample_ab2, 4)):
+        assert abs(error(sampler, 64)/error(sampler, 128)-factor) < .1*factor
+    assert error(sample_ab2, 16) < error(sample_ddim, 128)
+
+@pytest.mark.parametrize("path", [*PATHS, Shift()], ids=lambda p: type(p).__name__)
+def test_ab2_asks_once_a_step_in_float32(path):
+    x, calls = rand(B, C, H, W, dtype=torch.float32), []
+    path = path.given(rand(B, C, H, W, seed=1, dtype=torch.float32))
+    start = path.start(x)
+    def counted(x, sigma): calls.append(sigma); return net(x, sigma)
+    out = sample_ab2(counted, start, path.sigma_grid(6), path)
+    assert len(calls) == 6 and out.dtype == torch.float32 and out.isfinite().all()
+    double = sample_ab2(net, start.double(), path.sigma_grid(6).double(), path)
+    torch.testing.assert_close(out.double(), double, rtol=1e-3, atol=1e-3)
+    whole = sample_ab2(net, start.double(), path.sigma_grid(6).double(), path)
+    if not isinstance(path, Shift): # whose y belongs to the batch
+        torch.testing.assert_close(torch.cat([sample_ab2(net, o[None].double(), path.sigma_grid(6).double(), path) for o in start]), whole, rtol=0, atol=1e-12)
+
+def test_names_of_samplers():
+    assert SAMPLERS == dict(ddim=sample_ddim, ab2=sample_ab2, ddpm=sample_ddpm)
+    with pytest.raises(ValueError, match="descend strictly"): sample_ab2(net, rand(B, C, H, W), torch.tensor([.5, .5, 0]), Flow())
+    with pytest.raises(ValueError, match="alpha = 0"): sample_ab2(net, rand(B, C, H, W), torch.tensor([1., .5, 0]), VPEps())
 
 def test_ddpm_draws_once_a_step_and_not_at_the_end():
     calls = []

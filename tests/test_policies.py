@@ -7,8 +7,8 @@ from safetensors import safe_open
 from srnb.core import check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
-from srnb.paths import Flow, VPEps
-from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter
+from srnb.paths import Flow, VPEps, VPV, sample_ab2, sample_ddim
+from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter, save_pretrained
 
 
 def toy():
@@ -47,11 +47,12 @@ def test_an_answer_of_another_shape_is_refused(path):
     assert Policy(One(3, 3, 1), path).predict(x, torch.full((2,), .5), None).shape == x.shape
 
 
-def test_shipped_base(tmp_path):
+@pytest.mark.parametrize("name", ["small", "small2"])
+def test_shipped_base(name, tmp_path):
     "bf16 on disk, float32 in use, under its share of the package, finite and in range on a photograph of odd shape"
-    policy = from_pretrained()
+    policy = from_pretrained(name)
     folder = save_net(policy.net, tmp_path, torch.bfloat16)
-    assert (folder/"model.safetensors").stat().st_size < 8e6
+    assert (folder/"model.safetensors").stat().st_size < 9e6
     with safe_open(folder/"model.safetensors", "pt") as f: assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
     with torch.no_grad():
         for a, b in zip(load_net(folder).parameters(), policy.net.parameters(), strict=True): check_close(a, b)
@@ -62,8 +63,28 @@ def test_shipped_base(tmp_path):
     assert (sr[0, 0]-photo[0]).square().mean() < .02
 
 
-def test_shipped_base_has_not_seen_the_embedded_photographs():
+def test_a_policy_keeps_its_sampler(tmp_path):
+    "Written, read, on another path too; a file without one is DDIM's, an unknown one is refused"
+    import json
+    lq = torch.rand(1, 3, 8, 8, generator=generator(0))
+    policy = from_pretrained(save_pretrained(Policy(toy(), sampler=sample_ab2), tmp_path/"p"))
+    assert policy.sampler is sample_ab2 and from_pretrained(tmp_path/"p", VPV()).sampler is sample_ab2
+    own, ab2, ddim = (policy.sample(lq, [1], steps=4, sampler=s) for s in (None, sample_ab2, sample_ddim))
+    assert torch.equal(own, ab2) and not torch.equal(own, ddim)
+    file = tmp_path/"p"/"policy.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in meta.items() if k != "sampler"}))
+    assert from_pretrained(tmp_path/"p").sampler is sample_ddim
+    file.write_text(json.dumps(meta | dict(sampler="heun")))
+    with pytest.raises(ValueError, match="'heun', none of ddim, ab2, ddpm"): from_pretrained(tmp_path/"p")
+    with pytest.raises(ValueError, match="this one has mine"):
+        def mine(): pass
+        save_pretrained(Policy(toy(), sampler=mine), tmp_path/"q")
+
+
+@pytest.mark.parametrize("name", ["small", "small2"])
+def test_shipped_base_has_not_seen_the_embedded_photographs(name):
     from srnb.policies import policy_folder
     from srnb.training import check_unseen
-    assert len((policy_folder("small")/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
-    check_unseen(policy_folder("small"), embedded_photos())
+    assert len((policy_folder(name)/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
+    check_unseen(policy_folder(name), embedded_photos())

@@ -157,7 +157,7 @@ class Sees(Backbone):
     stride, device = 16, torch.device("cpu")
 
     def __init__(self):
-        self.net, self.path, self.trained_on, self.codec = torch.nn.Identity(), Flow(), Flow(), LatentCodec(Pool())
+        self.net, self.path, self.trained_on, self.codec, self.sampler = torch.nn.Identity(), Flow(), Flow(), LatentCodec(Pool()), sample_ddim
 
     def encode(self, lq, text=None): return Cond(self.codec.latents(self.codec.upsample(lq)), torch.zeros(len(lq), 1, 1))
     def guided(self, x, sigma, cond): return (x-cond.control)/sigma.view(-1, 1, 1, 1)
