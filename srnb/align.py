@@ -34,7 +34,8 @@ from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
 from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_own, check_prompts, choose,
                            drift_states, evaluate, fit, freed, inputs_of, judges_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
-                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, train_adapter, train_what)
+                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, settle_precision, train_adapter,
+                           train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
 WINNERS = ("photograph", "top", "expert")
@@ -76,7 +77,7 @@ class AlignRun:
     eval_m:int = 8                     # samples of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "lsd", "st_lpips_alex", "st_lpips_vgg", "cvvdp_standard_4k", "piqe") # keys of METRICS, or `file.py:NAME`
     seed:int = 0                       # of adapters, order and noise; the banks' seeds stay the same
-    precision:str = "bf16"             # of the network's arithmetic: "bf16" or "no"
+    precision:str = "auto"             # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     take:int = 0                       # the first photographs of each set only; 0: all
     budget:int = 0                     # network evaluations in all, which then decide the number of updates; 0: `loop.steps` does
     drift:float = 0.                   # also judge the kept copy nearest to this drift; 0: the last step alone
@@ -86,7 +87,7 @@ class AlignRun:
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     pairs:str|None = None              # `file.py:NAME`, a function without arguments that gives Pairs, in place of the best and the worst samples; None: those
     def __post_init__(self):
-        check_own(self)
+        check_own(self), settle_precision(self)
         if self.pairs: choose("pairs", self.pairs, {})
         if self.pairs and self.losers != "bottom":
             raise ValueError(f"pairs take the place of the best and the worst samples: set winners = 'top' and losers = 'bottom', got {self.winners!r} and {self.losers!r}")

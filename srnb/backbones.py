@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import _replace, bicubic, generator, open_run, quantize
-from .paths import Flow, Shift, VPEps, VPV
+from .paths import Flow, Shift, VP, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import EMPTY, Policy, layers_of, parts_of, text_ids
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-009
@@ -266,7 +266,7 @@ NEGATIVE = "dotted, noise, blur, lowres, smooth" # of DP2O-SR's SD2 script
 class Backbone(Policy):
     "A policy on latents that reads a control image and a prompt"
     def __init__(self, net, path, trained_on, codec, texts:Texts, dtype=torch.float32, guidance:float=1., negative:str=NEGATIVE):
-        super().__init__(net, path, trained_on, codec, dtype)
+        super().__init__(net, path, trained_on, codec, dtype, sample_ddpm if isinstance(path, VP) else sample_ddim) # as DP2O-SR's release; on a flow ddim is Euler's method
         self.texts, self.guidance, self.negative = texts, guidance, negative
         self.settings = (guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale) # beside the weights, what samples depend on
 

@@ -31,7 +31,8 @@ from .paths import Shift
 from .policies import PixelCodec, Policy, policy_folder, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
 from .training import (DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_own, check_readable, check_unseen, choose, fit, judges_of, main,
-                           own_file, photo_sets, processes, put, record_of, refuse_fsdp, small_policy, sources)
+                           own_file, photo_sets, processes, put, record_of, refuse_fsdp, settle_precision, small_policy,
+                           sources)
 from .training import RUNS as PREFERENCE_RUNS
 
 # %% ../nbs/41_onestep.ipynb #41-onestep-007
@@ -142,13 +143,13 @@ class CTMSRRun:
     eval_m:int = 4                          # noise seeds of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "ssim_y", "lsd", "st_lpips_alex", "st_lpips_vgg", "cvvdp_standard_4k", "piqe") # keys of METRICS, or `file.py:NAME`
     seed:int = 0                            # weights, order, noise
-    precision:str = "bf16"                  # of the network's arithmetic: "bf16" or "no"
+    precision:str = "auto"                  # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     take:int = 0                            # the first photographs of each set only; 0: all
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=100, decay=.6, ema=.999, weight_decay=.01, save_every=250, log_every=25) # noqa: RUF009
     match_loop:Loop = Loop(steps=100, lr=1e-4, warmup=10, ema=.99, save_every=50, log_every=5) # noqa: RUF009
     banks:str|None = None                   # folder for stage 1, shared by runs that differ in stage 2 alone; None: out_dir
     def __post_init__(self):
-        check_own(self)
+        check_own(self), settle_precision(self)
         for what, name, table in (("degradation", self.degradation, DEGRADATIONS), ("precision", self.precision, DTYPES), ("match", self.match, GAPS),
                                   *(("judges", n, METRICS) for n in self.judges)): choose(what, name, table)
         check_folders(photos=self.photos, held_out=self.held_out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'TRAINED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'layers_of', 'parts_of',
-           'save_pretrained', 'policy_folder', 'from_pretrained', 'save_adapter', 'load_adapter']
+           'usual_dtype', 'save_pretrained', 'policy_folder', 'from_pretrained', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import json
@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -291,8 +291,18 @@ def _reference(self,
 
 Policy.using, Policy.reference = _using, _reference
 
+# %% ../nbs/11_policies.ipynb #eba2fdcf
+def usual_dtype(
+    device:str|torch.device|None=None, # None: a GPU if there is one, else the processor
+)->torch.dtype:                        # of a network's arithmetic
+    "bfloat16 on a GPU and on a processor that multiplies it by itself, otherwise float32"
+    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type != "cpu": return torch.bfloat16
+    with suppress(OSError):
+        if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()): return torch.bfloat16
+    return torch.float32
+
 # %% ../nbs/11_policies.ipynb #11-policies-038
-SHIPPED = ("small", "small2", "onestep") # what ships in srnb/weights; small2 is the better flow, the studies start from small
+SHIPPED = ("small", "onestep", "first") # what ships in srnb/weights; first is an earlier small, from which some of the studies start
 TRAINED = dict(Flow=(Flow(), ResidualCodec), Shift=(Shift(), PixelCodec)) # what a policy.json may name
 
 def save_pretrained(
@@ -315,7 +325,7 @@ def policy_folder(
     return Path(str(files("srnb")))/"weights"/name if name in SHIPPED else Path(name)
 
 def from_pretrained(
-    folder:str|Path="small",          # a folder that save_pretrained wrote, or "small" or "small2", the embedded flows, or "onestep"
+    folder:str|Path="small",          # a folder that save_pretrained wrote, or "small", the embedded flow, "onestep", or "first", an earlier flow
     path=None,             # path to run it on; None: the one it was trained on
     dtype:torch.dtype=torch.float32,  # of the arithmetic
     device:str|torch.device="cpu",

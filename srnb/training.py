@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'DEGRADATIONS', 'PATHS', 'DTYPES', 'OWN', 'LATER', 'REWARDS', 'NORMALISERS', 'HPO', 'METRICS', 'LOSERS',
            'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'processes', 'refuse_fsdp',
-           'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'own_file', 'choose', 'check_own', 'sources',
-           'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun', 'small_policy', 'check_readable', 'train_sft',
-           'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized', 'group_batch', 'margin_loss',
-           'preference_loss', 'DPORun', 'photo_sets', 'judges_of', 'policy_of', 'train_what', 'prompts_of', 'inputs_of',
-           'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps',
-           'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone', 'drift_states', 'drift_of', 'kept_drifts',
-           'train_asasr', 'held_out_preference', 'spectra', 'from_config', 'main']
+           'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'own_file', 'choose', 'check_own',
+           'settle_precision', 'sources', 'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun', 'small_policy',
+           'check_readable', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized',
+           'group_batch', 'margin_loss', 'preference_loss', 'DPORun', 'photo_sets', 'judges_of', 'policy_of',
+           'train_what', 'prompts_of', 'inputs_of', 'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch',
+           'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone',
+           'drift_states', 'drift_of', 'kept_drifts', 'train_asasr', 'held_out_preference', 'spectra', 'from_config',
+           'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import gc
@@ -44,7 +45,8 @@ from .data import PatchPool, check_disjoint, embedded_photos, find_photos, make_
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR, Degradation
 from .nets import SmallUNet, UNetConfig
 from .paths import SAMPLERS, Flow, VPEps, VPV
-from .policies import EMPTY, Policy, ResidualCodec, from_pretrained, load_adapter, policy_folder, save_adapter, save_pretrained, text_ids
+from .policies import (EMPTY, Policy, ResidualCodec, from_pretrained, load_adapter, policy_folder, save_adapter, save_pretrained, text_ids,
+                           usual_dtype)
 from .preference import SATURATED, diagnostics, dpo_loss, group_gradients, group_margins, pair_margin, ranking_loss, safeguard_scale
 from .rewards import (CVVDP, DP2O, GMSD, LSD, OFFLINE, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax,
                           Metric, Reward, check_available, hybrid, luma, score_group)
@@ -329,6 +331,12 @@ def check_own(
         for name in _listed(getattr(cfg, what, None)):
             if own_file(name): choose(what, name, {}, again=True)
 
+def settle_precision(
+    cfg, # a run's dataclass, changed in place
+)->None:
+    "Put what suits this machine for auto, so that the record says what it was"
+    if cfg.precision == "auto": object.__setattr__(cfg, "precision", "bf16" if usual_dtype() is torch.bfloat16 else "no")
+
 # %% ../nbs/40_training.ipynb #40-training-025
 LATER = ("pairs",) # fields that came later: records without them are as good as None
 
@@ -408,10 +416,10 @@ class SFTRun:
     patch:int = 64                          # pixels of a training patch
     batch:int = 16                          # patches of a micro-batch
     seed:int = 0                            # weights, order, noise
-    precision:str = "bf16"                  # of the network's arithmetic: "bf16" or "no"
+    precision:str = "auto"                  # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50) # noqa: RUF009
     def __post_init__(self):
-        check_own(self)
+        check_own(self), settle_precision(self)
         choose("degradation", self.degradation, DEGRADATIONS), choose("precision", self.precision, DTYPES), check_folders(photos=self.photos)
         stride = 4*2**(len(self.channels)-1)
         if self.patch % stride and not own_file(self.init): raise ValueError(f"patch must be a multiple of the network's stride {stride}, got {self.patch}")
@@ -664,14 +672,14 @@ class DPORun:
     eval_m:int = 8                     # candidates of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "st_lpips_vgg") # keys of METRICS, or `file.py:NAME`, reported beside the reward's own
     seed:int = 0                       # of adapter, order and noise; the banks' seeds stay the same
-    precision:str = "bf16"             # of the network's arithmetic: "bf16" or "no"
+    precision:str = "auto"             # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     take:int = 0                       # use the first photographs of each set only; 0: all
     loop:Loop = Loop(steps=100, lr=3e-4, warmup=10, save_every=25, log_every=5) # noqa: RUF009
     banks:str|None = None              # folder of the candidates drawn before training, shared by runs that draw the same; None: out_dir
     options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     def __post_init__(self):
-        check_own(self)
+        check_own(self), settle_precision(self)
         for what, table in (("path", PATHS), ("degradation", DEGRADATIONS), ("reward", REWARDS), ("hpo", HPO), ("precision", DTYPES),
                             ("sampler", dict(own=None) | SAMPLERS),
                             ("normaliser", dict.fromkeys(NORMALISERS)), *(("judges", METRICS) for _ in self.judges[:1])):
@@ -962,7 +970,7 @@ class ASASRRun:
     eval_m:int = 8                     # samples of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "ssim_y", "lsd", "st_lpips_alex", "piqe") # keys of METRICS, or `file.py:NAME`
     seed:int = 0                       # of adversary, policy, order and noise; the reference always has 0
-    precision:str = "bf16"             # of the network's arithmetic: "bf16" or "no"
+    precision:str = "auto"             # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     take:int = 0                       # use the first photographs of each set only; 0: all
     drift:float = 0.                   # take the kept copy nearest to this drift; 0: the last step
     sft:Loop = Loop(steps=60, lr=1e-4, warmup=10, decay=.5, save_every=30, log_every=5) # noqa: RUF009  of `reference`
@@ -972,7 +980,7 @@ class ASASRRun:
     options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     def __post_init__(self):
-        check_own(self)
+        check_own(self), settle_precision(self)
         for what, table in (("degradation", DEGRADATIONS), ("precision", DTYPES), ("loser", dict.fromkeys(LOSERS)), ("frequency", FREQUENCIES)):
             choose(what, getattr(self, what), table)
         for what, table in (("judges", METRICS), ("outputs", dict.fromkeys(OUTPUTS))):

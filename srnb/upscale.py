@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOR_FIXES', 'LUMA', 'PILLOW_MODES', 'READS', 'ENDS', 'SAVES', 'noise_window', 'noise_for', 'mirror', 'cuts',
-           'layout', 'ramps', 'solve_tiles', 'on_latents', 'usual_sampler', 'view', 'solve_blended', 'adain_fix',
-           'low_band', 'wavelet_fix', 'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory', 'free_on', 'Plan',
-           'plan_tiles', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'check_pillow', 'from_cmyk',
-           'of_pillow', 'has_bf16', 'load_model', 'Clock', 'upscale', 'open_image', 'check_holds', 'save_image',
-           'upscale_file', 'Usage', 'plain', 'tell', 'find_inputs', 'find_outputs', 'read_seeds', 'make_parser',
-           'reason', 'terminated_as_interrupted', 'main']
+           'layout', 'ramps', 'solve_tiles', 'on_latents', 'view', 'solve_blended', 'adain_fix', 'low_band',
+           'wavelet_fix', 'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory', 'free_on', 'Plan', 'plan_tiles',
+           'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'check_pillow', 'from_cmyk', 'of_pillow',
+           'load_model', 'Clock', 'upscale', 'open_image', 'check_holds', 'save_image', 'upscale_file', 'Usage',
+           'plain', 'tell', 'find_inputs', 'find_outputs', 'read_seeds', 'make_parser', 'reason',
+           'terminated_as_interrupted', 'main']
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-003
 import argparse
@@ -41,9 +41,9 @@ from torch.utils._pytree import tree_leaves
 from . import __version__
 from .core import _replace, bicubic, check_images, generator, seed_of
 from .data import find_images
-from .paths import SAMPLERS, VP, Shift, sample_ddpm
+from .paths import SAMPLERS, Shift
 from .plan import DoesNotFit
-from .policies import Policy, from_pretrained, in_eval, load_adapter, text_ids
+from .policies import Policy, from_pretrained, in_eval, load_adapter, text_ids, usual_dtype
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-008
 def noise_window(
@@ -139,11 +139,11 @@ def solve_tiles(
     overlap:int=32,          # least overlap, pixels of lq
     steps:int|None=None,     # sampler steps; None: what the policy says
     tick:Callable[[int, int], None]=lambda done, total: None, # called after every tile
-    sampler:Callable|None=None, # (predict, x, sigmas, path, draw) -> z; None: what the policy takes
+    sampler:Callable|None=None, # (predict, x, sigmas, path, draw) -> z; None: the policy's own, if it has one
     prompt:str="",           # for a backbone
 )->Tensor:                   # (1,3,4h,4w) uint8 on the CPU
     "Upscale one image in overlapping tiles that share one field of noise"
-    f, (h, w) = policy.codec.factor, lq.shape[-2:]
+    f, (h, w), sampler = policy.codec.factor, lq.shape[-2:], sampler or getattr(policy, "sampler", None)
     lq, ((th, tops), (tw, lefts)) = mirror(lq, policy.stride//f), layout(policy, (h, w), tile, overlap)
     rows, cols = (ramps(f*t, [f*o for o in at], f*(3*overlap//8)) for t, at in ((th, tops), (tw, lefts)))
     out, carry = torch.empty(1, 3, f*lq.shape[-2], f*lq.shape[-1], dtype=torch.uint8), torch.zeros(1, 3, 0, 1)
@@ -167,12 +167,6 @@ def solve_tiles(
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-032
 def on_latents(policy)->bool: return hasattr(policy.codec, "vae") # a backbone of room 12
-
-def usual_sampler(
-    policy, # anything with codec, and a path if it works on latents
-)->Callable|None: # None: what `policy.solve` takes
-    "Ancestral for Stable Diffusion; Euler's method for FLUX, which `sample_ddim` is on a flow [DP2O-SR, release]"
-    return sample_ddpm if on_latents(policy) and isinstance(policy.path, VP) else None
 
 def view(
     x:Tensor,          # (B,C,k*H,k*W), on a grid that is k times as fine as lq's; k need not be whole
@@ -457,11 +451,6 @@ def of_pillow(
     return Work(work.lq, work.alpha, back, mode, work.answer, tuple(notes))
 
 # %% ../nbs/60_upscale.ipynb #60-upscale-062
-def has_bf16()->bool:
-    "Whether this processor multiplies bfloat16 by itself"
-    with suppress(OSError): return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
-
 @contextmanager
 def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong is an error
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -475,7 +464,7 @@ def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong i
         for o, (bar, level) in zip(logs, before, strict=True): o.enable_progress_bar() if bar else None, o.set_verbosity(level)
 
 def load_model(
-    model:str|Path="onestep",     # "onestep", "small", "small2", a folder that save_pretrained wrote, or a backbone: diffusers' layout, or owner/name
+    model:str|Path="onestep",     # "onestep", "small", "first", a folder that save_pretrained wrote, or a backbone: diffusers' layout, or owner/name
     dtype:str|torch.dtype="auto", # "auto", or float32 or bfloat16, as a name or as torch has it
     device:str|torch.device|None=None, # None: a GPU for a backbone if there is one, else the processor
     options=None,                 # BackboneOptions, of a backbone alone
@@ -488,7 +477,7 @@ def load_model(
     if not big and (options or any(prompts)): raise ValueError("it is no backbone: it takes no prompt, control branch, guidance or tiled VAE")
     try: torch.empty(0, device=(device := torch.device(device or ("cuda" if big and torch.cuda.is_available() else "cpu"))))
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device} cannot be used: {str(e).splitlines()[0]}") from e
-    dtype = dtypes.get(dtype, dtype) or (torch.bfloat16 if device.type != "cpu" or has_bf16() else torch.float32)
+    dtype = dtypes.get(dtype, dtype) or usual_dtype(device)
     if not big: return from_pretrained(model, dtype=dtype, device=device)
     with _quiet(): return load_backbone(model, options or BackboneOptions(), dtype=dtype, device=device, prompts=prompts)
 
@@ -514,7 +503,7 @@ def _run(work:Work, policy, seed:int, tile:int|None, fix, steps:int|None, overla
     lq = work.lq if work.alpha is None else fill_hidden(work.lq, work.alpha)
     out, (solve, what) = [], (solve_blended, "windows in all steps") if on_latents(policy) else (solve_tiles, "tiles")
     for o in lq: # one at a time, with the same noise: a batch gives what its images give
-        sr = solve(policy, o[None], seed, plan.tile, overlap, steps, Clock(say, what, plan.tiles > 1), sampler or usual_sampler(policy), prompt)
+        sr = solve(policy, o[None], seed, plan.tile, overlap, steps, Clock(say, what, plan.tiles > 1), sampler, prompt)
         if fix is not None:
             y = policy.codec.upsample(o[None].cpu())
             sr = fix(sr.float().div_(255), y).mul(255).round_().clamp_(0, 255).byte()
@@ -532,7 +521,7 @@ def upscale(
     steps:int|None=None,         # sampler steps; None: what the policy says
     overlap:int=32,              # of tiles, pixels of the input
     say:Callable[[str], None]=print, # told tiles, memory and time if there is more than one tile
-    sampler:Callable|None=None,  # None: DP2O-SR's for a backbone, otherwise what the policy takes
+    sampler:Callable|None=None,  # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     prompt:str="",               # for a backbone; one that is loaded must have been told it
 )->Image.Image|np.ndarray|Tensor: # the same kind, four times as high and wide, with 8-bit values
     "Upscale an image of any kind four times"
@@ -706,7 +695,7 @@ def make_parser()->argparse.ArgumentParser:
     p.add_argument("--tile", type=int, metavar="N", help="largest side of a tile in input pixels; by size and memory if not given")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]", help="of the noise (0); the same seed gives the same image, several give several files")
     p.add_argument("--steps", type=int, metavar="N", help="of the sampler; what the model says if not given")
-    p.add_argument("--sampler", choices=SAMPLERS, help="what the model says if not given: ddpm for Stable Diffusion, ddim (Euler's method) for FLUX")
+    p.add_argument("--sampler", choices=SAMPLERS, help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for FLUX")
     p.add_argument("--color-fix", choices=COLOR_FIXES, help="take the colours back to those of the input (adain for a backbone, otherwise none)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic")
     p.add_argument("--device", help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
@@ -740,7 +729,7 @@ def _policy(args)->Policy: # that the command line names
         with _blaming(f"--adapter {args.adapter}"): load_adapter(policy, args.adapter)
     if args.steps is not None:
         with _blaming("--steps"): policy.path.sigma_grid(args.steps)
-    if args.sampler == "ddpm" and isinstance(policy.path, Shift): raise Usage(f"--sampler ddpm: {args.model} shifts residuals, which takes ddim")
+    if args.sampler not in (None, "ddim") and isinstance(policy.path, Shift): raise Usage(f"--sampler {args.sampler}: {args.model} shifts residuals, which takes ddim")
     return policy
 
 def _command(args)->int:

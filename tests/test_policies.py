@@ -47,7 +47,7 @@ def test_an_answer_of_another_shape_is_refused(path):
     assert Policy(One(3, 3, 1), path).predict(x, torch.full((2,), .5), None).shape == x.shape
 
 
-@pytest.mark.parametrize("name", ["small", "small2"])
+@pytest.mark.parametrize("name", ["small", "first"])
 def test_shipped_base(name, tmp_path):
     "bf16 on disk, float32 in use, under its share of the package, finite and in range on a photograph of odd shape"
     policy = from_pretrained(name)
@@ -82,9 +82,29 @@ def test_a_policy_keeps_its_sampler(tmp_path):
         save_pretrained(Policy(toy(), sampler=mine), tmp_path/"q")
 
 
-@pytest.mark.parametrize("name", ["small", "small2"])
+@pytest.mark.parametrize("name", ["small", "first"])
 def test_shipped_base_has_not_seen_the_embedded_photographs(name):
     from srnb.policies import policy_folder
     from srnb.training import check_unseen
     assert len((policy_folder(name)/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
     check_unseen(policy_folder(name), embedded_photos())
+
+
+@pytest.mark.parametrize("name", ["small", "first"])
+def test_a_bases_record_is_of_its_weights(name):
+    "Fingerprint and sampler, and two samples of one photograph drawn again"
+    from srnb.core import project_root, read_run
+    from srnb.curation import fingerprint, group_seeds
+    from srnb.data import make_pair
+    from srnb.degrade import RESSHIFT_TEST
+    from srnb.rewards import score_group
+    from srnb.training import METRICS
+    config, metrics = read_run(project_root()/f"nbs/_records/base_{name}")
+    p, policy = config["params"], from_pretrained(name)
+    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"] and policy.sampler.__name__ == p["sampler"]
+    photo = next(o for o in embedded_photos("held_out") if o.id == p["ids"][0])
+    lq, gt = make_pair(photo, p["size"], RESSHIFT_TEST)
+    rows = metrics[(metrics.metric == "psnr_y") & (metrics.image == photo.id)].set_index(["variant", "seed"]).value
+    sr = policy.sample(lq[None], group_seeds(photo.id, 2, p["seed"]), steps=p["steps"])[0]
+    again = score_group([METRICS["psnr_y"]], sr, gt)["psnr_y"]
+    assert abs(again-torch.tensor([rows["sample", 0], rows["sample", 1]])).max() < .02 # the record's arithmetic is bfloat16

@@ -13,7 +13,7 @@ from srnb import upscale as U
 from srnb.backbones import Backbone, BackboneOptions, Cond, LatentCodec, load_backbone, write_tiny, write_tiny_control
 from srnb.core import bicubic, generator
 from srnb.data import embedded_photos
-from srnb.paths import Flow, sample_ddim, sample_ddpm
+from srnb.paths import SAMPLERS, Flow, sample_ab2, sample_ddim, sample_ddpm
 from srnb.policies import from_pretrained, save_adapter
 from srnb.upscale import adain_fix, main, noise_for, noise_window, solve_blended, solve_tiles, upscale
 
@@ -46,7 +46,7 @@ def box(tmp_path, monkeypatch):
 
 
 def photo(*size): return bicubic(embedded_photos("held_out")[0].read()[None], size)
-def whole(policy, lq, steps, seed=0, sampler=sample_ddim, prompt=""): # untiled; sides must fit
+def whole(policy, lq, steps, seed=0, sampler=None, prompt=""): # untiled; sides must fit
     noise, draw = noise_for(policy, lq, seed)
     cond = policy.encode(lq, U.text_ids([prompt]))
     return policy.solve(lq, noise, steps, sampler, draw, cond).mul(255).round().byte()
@@ -79,7 +79,7 @@ def test_fields_of_latents(load):
 @pytest.mark.parametrize("size", [(32, 32), (12, 40)])
 def test_one_window_is_the_whole(load, kind, size):
     p, lq = load(kind), photo(*size)
-    for sampler in (sample_ddim, sample_ddpm):
+    for sampler in (sample_ddim, sample_ab2, sample_ddpm):
         want = whole(p, lq, 2, 5, sampler, "a cat")
         for solve in (solve_blended, solve_tiles): assert torch.equal(solve(p, lq, 5, 64, steps=2, sampler=sampler, prompt="a cat"), want)
     assert not torch.equal(solve_blended(p, lq, 5, 64, steps=2), want)
@@ -197,8 +197,8 @@ def test_noise_levels_of_flux_are_those_of_a_window(load, monkeypatch):
 # The function and the plan
 
 def test_defaults(load, monkeypatch):
-    assert [U.usual_sampler(load(k)) for k in KINDS] == [sample_ddpm, sample_ddpm, None]
-    assert U.usual_sampler(from_pretrained("small")) is None and not U.on_latents(from_pretrained("small"))
+    assert [load(k).sampler for k in KINDS] == [sample_ddpm, sample_ddpm, sample_ddim]
+    assert from_pretrained("small").sampler is sample_ab2 and not U.on_latents(from_pretrained("small"))
     p, x = load("sd"), photo(8, 12)
     noise, draw = noise_for(p, x, 9)
     want = p.solve(x, noise, 3, sample_ddpm, draw)
@@ -237,6 +237,14 @@ def test_plan(load, kind, monkeypatch):
 
 # The command
 
+def test_a_policys_sampler(box):
+    small, x = from_pretrained("small"), torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
+    wants = {name: upscale(x, small, 3, steps=2, sampler=s) for name, s in SAMPLERS.items()}
+    for name, more in [("ab2", []), *((o, ["--sampler", o]) for o in SAMPLERS)]:
+        assert main(["upscale", "a.png", "-o", "d.png", "--force", "--model", "small", "--dtype", "float32", "--steps", "2", "--seed", "3", *more]) == 0
+        assert torch.equal(torch.from_numpy(np.asarray(Image.open("d.png")).copy()).permute(2, 0, 1)/255, wants[name]), more
+    assert len({w.sum().item() for w in wants.values()}) == len(SAMPLERS)
+
 def test_seeds_prompt_and_steps(folders, box, capsys):
     folder, control = folders["sd"]
     base = ["upscale", "a.png", "--model", str(folder), "--dtype", "float32", "--control", str(control), "--steps", "2"]
@@ -252,7 +260,7 @@ def test_seeds_prompt_and_steps(folders, box, capsys):
     x = torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
     def pixels(name): return torch.from_numpy(np.asarray(Image.open(name)).copy()).permute(2, 0, 1)/255
     assert torch.equal(pixels("b.png"), upscale(x, p, 3, steps=2, color_fix="adain"))
-    for more, want in ((["--color-fix", "none"], {}), (["--sampler", "ddim"], dict(color_fix="adain", sampler=sample_ddim)),
+    for more, want in ((["--color-fix", "none"], {}), *((["--sampler", name], dict(color_fix="adain", sampler=SAMPLERS[name])) for name in SAMPLERS),
                        (["--prompt", "a cat"], dict(color_fix="adain", prompt="a cat")), (["--tile", "64"], dict(color_fix="adain"))):
         assert main([*base, "-o", "d.png", "--force", "--seed", "3", *more]) == 0
         assert torch.equal(pixels("d.png"), upscale(x, p, 3, steps=2, **want)), more
@@ -282,7 +290,7 @@ def test_mistakes(folders, box, capsys, monkeypatch):
     Path("empty").mkdir()
     Path("a.bin").write_bytes(b"x")
     for argv, text in ((["--prompt", "a cat"], "--model onestep: it is no backbone"), (["--control", "."], "no backbone"), (["--guidance", "2"], "no backbone"),
-                       (["--tile-vae"], "no backbone"), (["--sampler", "ddpm"], "--sampler ddpm: onestep shifts residuals"),
+                       (["--tile-vae"], "no backbone"), (["--sampler", "ddpm"], "--sampler ddpm: onestep shifts residuals"), (["--sampler", "ab2"], "--sampler ab2: onestep shifts residuals"),
                        (["--adapter", "none"], "--adapter none: no adapter_config.json"), (["--adapter", "empty", "--model", sd], "--adapter empty: no adapter_config.json"),
                        (["--steps", "0"], "--steps must be at least 1"), (["--steps", "1000", "--model", sd], "--steps: steps must lie in [1, 999]"),
                        (["--guidance", "nan", "--model", sd], "--guidance must be"), (["--guidance", "-1"], "--guidance must be"),
