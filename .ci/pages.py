@@ -30,7 +30,7 @@ def execute(
     nb = nbformat.read(path, as_version=4)
     kept = {i: c.source for i, c in enumerate(nb.cells) if c.cell_type == "code" and skips(c)}
     for i in kept: nb.cells[i].source = ""
-    NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False,
+    NotebookClient(nb, timeout=None, kernel_name="python3", record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     for i, source in kept.items(): nb.cells[i].source = source
     part = path.with_name(f".part-{path.name}")
