@@ -48,6 +48,18 @@ def test_record(whole, config):
     assert log.step.tolist() == [1, 2, 3, 4, 5, 6] and log.gap_w[0] == 0 and abs(log.loss[0]-0.6931) < 0.15  # ln 2 times the weights
 
 
+@pytest.mark.parametrize("run", ["sft", "dp2o", "asasr", "align", "ctmsr"])
+@pytest.mark.parametrize("fast, name", [(torch.bfloat16, "bf16"), (torch.float32, "no")])
+def test_the_record_names_the_precision(run, fast, name, monkeypatch):
+    "Auto is what the machine does fast; what was written down stays, and another machine's record is not mixed with this one's"
+    from srnb.align import RUNS
+    monkeypatch.setattr(training, "usual_dtype", lambda: fast)
+    make = RUNS[run][0]
+    assert make("x").precision == name == training.record_of(replace(make("x"), seed=1))["precision"]
+    assert make("x", precision="bf16").precision == "bf16" and make("x", precision="no").precision == "no"
+    with pytest.raises(ValueError, match="precision must be one of no, bf16; got 'fp16'"): make("x", precision="fp16")
+
+
 def test_killed_and_resumed(whole, config, tmp_path, deadly):
     "Killed within curation, within training and within the last bank: nothing finished is done again, the result is the same"
     cfg, (count, calls, die) = replace(config, out_dir=str(tmp_path/"cut")), deadly
@@ -298,11 +310,27 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["train_sft", "train_dp2o_study", "train_study", "train_ctmsr"]) # tests/test_readme.py runs the others
+@pytest.mark.parametrize("name", ["train_sft", "train_study", "train_ctmsr"]) # tests/test_readme.py runs the others
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path/"out.ipynb").exists()
+
+
+def test_a_study_over_two_machines(root, tmp_path):
+    "Each leaves only its record behind; the second one adds its runs, repeats none, and refuses another study's record"
+    record, runs = tmp_path/"record", []
+    for rows in ("flow", "flow;NR only"):
+        run = papermill(root, "train_dp2o_study", tmp_path, "-p", "rows", rows, "-p", "record_dir", str(record))
+        assert run.returncode == 0, run.stderr[-3000:]
+        runs.append((json.loads((record/"runs.json").read_text()), pd.read_parquet(record/"metrics.parquet"), (record/"changes.jpg").read_bytes()))
+        assert "1 of 1: " in run.stdout + run.stderr
+    (one, first, picture), (both, metrics, later) = runs
+    assert [o["run"] for o in both] == ["flow, seed 0", "NR only, seed 0"] and both[:1] == one and picture == later
+    pd.testing.assert_frame_equal(metrics[metrics.row == "flow"].astype(first.dtypes), first, check_categorical=False)
+    assert set(metrics.row) == {"flow", "NR only"} and not metrics.duplicated(["row", "training", "image", "seed", "metric", "variant"]).any()
+    run = papermill(root, "train_dp2o_study", tmp_path, "-p", "held_out", "srnb/photos", "-p", "record_dir", str(record))
+    assert run.returncode != 0 and "is not the record of this study" in run.stderr
 
 
 def test_study_of_methods(root, tmp_path):
