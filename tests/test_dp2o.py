@@ -15,7 +15,7 @@ import torch
 from conftest import same_result
 
 import srnb.training as training
-from srnb.core import RunOccupied, generator, read_run, run_done, to_pil, write_image
+from srnb.core import RunOccupied, generator, open_run, read_run, run_done, to_pil, write_image
 from srnb.curation import finished_groups, read_group
 from srnb.data import PatchPool
 from srnb.degrade import RESSHIFT_TEST
@@ -50,7 +50,7 @@ def test_record(whole, config):
 
 @pytest.mark.parametrize("run", ["sft", "dp2o", "asasr", "align", "ctmsr"])
 @pytest.mark.parametrize("fast, name", [(torch.bfloat16, "bf16"), (torch.float32, "no")])
-def test_the_record_names_the_precision(run, fast, name, monkeypatch):
+def test_the_record_names_the_precision(run, fast, name, monkeypatch, tmp_path):
     "Auto is what the machine does fast; what was written down stays, and another machine's record is not mixed with this one's"
     from srnb.align import RUNS
     monkeypatch.setattr(training, "usual_dtype", lambda: fast)
@@ -58,6 +58,9 @@ def test_the_record_names_the_precision(run, fast, name, monkeypatch):
     assert make("x").precision == name == training.record_of(replace(make("x"), seed=1))["precision"]
     assert make("x", precision="bf16").precision == "bf16" and make("x", precision="no").precision == "no"
     with pytest.raises(ValueError, match="precision must be one of no, bf16; got 'fp16'"): make("x", precision="fp16")
+    open_run(tmp_path/"run", training.record_of(make("x")))
+    monkeypatch.setattr(training, "usual_dtype", lambda: torch.float32 if name == "bf16" else torch.bfloat16)
+    with pytest.raises(RunOccupied, match="precision"): open_run(tmp_path/"run", training.record_of(make("x")))
 
 
 def test_killed_and_resumed(whole, config, tmp_path, deadly):
