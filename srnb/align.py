@@ -32,9 +32,9 @@ from .policies import Policy, load_adapter, save_adapter, text_ids
 from .preference import dpo_loss, hinge_loss
 from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
-from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_own, check_prompts, choose,
+from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_prompts, choose,
                            drift_states, evaluate, fit, freed, inputs_of, judges_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
-                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, settle_precision, train_adapter,
+                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, settle, train_adapter,
                            train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
@@ -87,7 +87,7 @@ class AlignRun:
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     pairs:str|None = None              # `file.py:NAME`, a function without arguments that gives Pairs, in place of the best and the worst samples; None: those
     def __post_init__(self):
-        check_own(self), settle_precision(self)
+        settle(self)
         if self.pairs: choose("pairs", self.pairs, {})
         if self.pairs and self.losers != "bottom":
             raise ValueError(f"pairs take the place of the best and the worst samples: set winners = 'top' and losers = 'bottom', got {self.winners!r} and {self.losers!r}")

@@ -30,8 +30,8 @@ from .nets import OneStepConfig, OneStepUNet
 from .paths import Shift
 from .policies import PixelCodec, Policy, policy_folder, save_pretrained
 from .rewards import Metric, check_available, score_group, st_lpips_loss
-from .training import (DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_own, check_readable, check_unseen, choose, fit, judges_of, main,
-                           own_file, photo_sets, processes, put, record_of, refuse_fsdp, settle_precision, small_policy,
+from .training import (DEGRADATIONS, DTYPES, METRICS, Loop, alone, check_folders, check_readable, check_unseen, choose, fit, judges_of, main,
+                           own_file, photo_sets, processes, put, record_of, refuse_fsdp, settle, small_policy,
                            sources)
 from .training import RUNS as PREFERENCE_RUNS
 
@@ -149,7 +149,7 @@ class CTMSRRun:
     match_loop:Loop = Loop(steps=100, lr=1e-4, warmup=10, ema=.99, save_every=50, log_every=5) # noqa: RUF009
     banks:str|None = None                   # folder for stage 1, shared by runs that differ in stage 2 alone; None: out_dir
     def __post_init__(self):
-        check_own(self), settle_precision(self)
+        settle(self)
         for what, name, table in (("degradation", self.degradation, DEGRADATIONS), ("precision", self.precision, DTYPES), ("match", self.match, GAPS),
                                   *(("judges", n, METRICS) for n in self.judges)): choose(what, name, table)
         check_folders(photos=self.photos, held_out=self.held_out)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'DEGRADATIONS', 'PATHS', 'DTYPES', 'OWN', 'LATER', 'REWARDS', 'NORMALISERS', 'HPO', 'METRICS', 'LOSERS',
            'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'processes', 'refuse_fsdp',
-           'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'own_file', 'choose', 'check_own',
-           'settle_precision', 'sources', 'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun', 'small_policy',
-           'check_readable', 'train_sft', 'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized',
-           'group_batch', 'margin_loss', 'preference_loss', 'DPORun', 'photo_sets', 'judges_of', 'policy_of',
-           'train_what', 'prompts_of', 'inputs_of', 'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch',
-           'adapter_loss', 'given_loser', 'as_dpo_gaps', 'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone',
-           'drift_states', 'drift_of', 'kept_drifts', 'train_asasr', 'held_out_preference', 'spectra', 'from_config',
-           'main']
+           'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'own_file', 'choose', 'settle', 'sources',
+           'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun', 'small_policy', 'check_readable', 'train_sft',
+           'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized', 'group_batch', 'margin_loss',
+           'preference_loss', 'DPORun', 'photo_sets', 'judges_of', 'policy_of', 'train_what', 'prompts_of', 'inputs_of',
+           'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps',
+           'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone', 'drift_states', 'drift_of', 'kept_drifts',
+           'train_asasr', 'held_out_preference', 'spectra', 'from_config', 'main']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import gc
@@ -323,19 +322,14 @@ def choose(
 
 def _listed(names)->list: return [names] if isinstance(names, str) else list(names or ())
 
-def check_own(
-    cfg, # a run's dataclass
+def settle(
+    cfg, # a run's dataclass, changed in place
 )->None:
-    "Import the files that a config names, again if they have changed; raise unless they hold what it wants"
+    "Import the files that a config names, again if they have changed; put what suits this machine for `auto`, so that the record says what it was"
     for what in OWN:
         for name in _listed(getattr(cfg, what, None)):
             if own_file(name): choose(what, name, {}, again=True)
-
-def settle_precision(
-    cfg, # a run's dataclass, changed in place
-)->None:
-    "Put what suits this machine for auto, so that the record says what it was"
-    if cfg.precision == "auto": object.__setattr__(cfg, "precision", "bf16" if usual_dtype() is torch.bfloat16 else "no")
+    if getattr(cfg, "precision", None) == "auto": object.__setattr__(cfg, "precision", "bf16" if usual_dtype() is torch.bfloat16 else "no")
 
 # %% ../nbs/40_training.ipynb #40-training-025
 LATER = ("pairs",) # fields that came later: records without them are as good as None
@@ -419,7 +413,7 @@ class SFTRun:
     precision:str = "auto"                  # of the network's arithmetic: "bf16", "no", or auto: what suits the machine
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50) # noqa: RUF009
     def __post_init__(self):
-        check_own(self), settle_precision(self)
+        settle(self)
         choose("degradation", self.degradation, DEGRADATIONS), choose("precision", self.precision, DTYPES), check_folders(photos=self.photos)
         stride = 4*2**(len(self.channels)-1)
         if self.patch % stride and not own_file(self.init): raise ValueError(f"patch must be a multiple of the network's stride {stride}, got {self.patch}")
@@ -656,19 +650,19 @@ class DPORun:
     held_out:tuple[str, ...] = ()      # folders to report on; none: the embedded held-out ones, or a share of `photos`
     degradation:str = "resshift_test"  # a key of DEGRADATIONS, or `file.py:NAME`
     size:int = 192                     # pixels of a candidate
-    places:int = 3                     # crops of a training photograph (1 to 5)
-    m:int = 8                          # candidates of a crop
-    n:int = 2                          # winners, and losers, of a group
+    places:int = 2                     # crops of a training photograph (1 to 5)
+    m:int = 16                         # candidates of a crop
+    n:int = 4                          # winners, and losers, of a group
     reward:str = "offline"             # a key of REWARDS, or `file.py:NAME`
     normaliser:str = "group"           # "group": literal; "global": frozen on the training bank
     hpo:str = "both"                   # a key of HPO
     kappa:float = 1000.                # strength per unit of mean square of the scaled residual; beta/2 in the paper's letters
     rank:int = 16                      # of the adapter
-    groups:int = 4                     # groups of a micro-batch: groups*2N forwards of policy and reference
+    groups:int = 2                     # groups of a micro-batch: groups*2N forwards of policy and reference
     patch:int = 64                     # pixels that preference training sees of a candidate
     safeguard:bool = False             # scale the losers' gradient so that the winners' error does not rise
     sampler:str = "own"                # a key of SAMPLERS; own: the policy's
-    steps:int = 10                     # of the sampler
+    steps:int = 8                      # of the sampler
     eval_m:int = 8                     # candidates of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "st_lpips_vgg") # keys of METRICS, or `file.py:NAME`, reported beside the reward's own
     seed:int = 0                       # of adapter, order and noise; the banks' seeds stay the same
@@ -679,7 +673,7 @@ class DPORun:
     options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     def __post_init__(self):
-        check_own(self), settle_precision(self)
+        settle(self)
         for what, table in (("path", PATHS), ("degradation", DEGRADATIONS), ("reward", REWARDS), ("hpo", HPO), ("precision", DTYPES),
                             ("sampler", dict(own=None) | SAMPLERS),
                             ("normaliser", dict.fromkeys(NORMALISERS)), *(("judges", METRICS) for _ in self.judges[:1])):
@@ -966,7 +960,7 @@ class ASASRRun:
     adversary_rank:int = 16            # of `adversary`
     batch:int = 8                      # pairs of a micro-batch
     patch:int = 64                     # pixels that training sees
-    steps:int = 10                     # of the sampler
+    steps:int = 8                      # of the sampler
     eval_m:int = 8                     # samples of a held-out photograph
     judges:tuple[str, ...] = ("psnr_y", "ssim_y", "lsd", "st_lpips_alex", "piqe") # keys of METRICS, or `file.py:NAME`
     seed:int = 0                       # of adversary, policy, order and noise; the reference always has 0
@@ -980,7 +974,7 @@ class ASASRRun:
     options:BackboneOptions = BackboneOptions() # noqa: RUF009  of a backbone of room 12
     prompts:str|None = None            # JSON file, id of a photograph to its prompt; None: empty prompts
     def __post_init__(self):
-        check_own(self), settle_precision(self)
+        settle(self)
         for what, table in (("degradation", DEGRADATIONS), ("precision", DTYPES), ("loser", dict.fromkeys(LOSERS)), ("frequency", FREQUENCIES)):
             choose(what, getattr(self, what), table)
         for what, table in (("judges", METRICS), ("outputs", dict.fromkeys(OUTPUTS))):
