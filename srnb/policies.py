@@ -302,7 +302,7 @@ def usual_dtype(
     return torch.float32
 
 # %% ../nbs/11_policies.ipynb #11-policies-038
-SHIPPED = ("small", "onestep", "first") # what ships in srnb/weights; first is an earlier small, from which some of the studies start
+SHIPPED = ("small", "onestep", "first") # what ships in srnb/weights; first is an earlier small, from which the study of all methods starts
 TRAINED = dict(Flow=(Flow(), ResidualCodec), Shift=(Shift(), PixelCodec)) # what a policy.json may name
 
 def save_pretrained(
