@@ -347,3 +347,9 @@ def test_papermill_names_the_metric(root, tmp_path):
     nowhere = dict(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
     run = papermill(root, "train_dp2o", tmp_path, "-p", "reward", "dp2o", **nowhere)
     assert run.returncode != 0 and "MetricUnavailable" in run.stderr and "offline" in run.stderr
+
+
+def test_defaults_are_the_validated_settings(root):
+    "What the study ran, in its frozen file, is what a config has by itself"
+    ran = json.loads((root/"nbs"/"dp2o_study.json").read_text())["common"]
+    for name in ("kappa", "m", "n", "groups", "places", "steps", "eval_m"): assert getattr(DPORun("x"), name) == ran[name], name
