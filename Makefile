@@ -17,7 +17,7 @@ export PYTHONUNBUFFERED := 1
 export PYTHONWARNINGS ?= ignore:IProgress not found
 export JUPYTER_PREFER_ENV_PATH := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-unexport MPLBACKEND IN_TEST
+unexport MPLBACKEND IN_TEST PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20

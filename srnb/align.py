@@ -22,7 +22,7 @@ from torch import Tensor
 from .adversary import adversary_loser, coupled_pair
 from .backbones import BackboneOptions
 from .baselines import BASELINES
-from .core import generator, open_run, run_done, seed_of, write_table
+from .core import generator, open_run, run_done, seed_of, to_bytes, write_table
 from .curation import Group, bank_bounds, bank_reward, fingerprint, make_bank, make_outputs, read_group, score_bank, top_bottom
 from .online import Buffer, policy_states, take_snapshot
 from .onestep import RUNS as ONESTEP_RUNS
@@ -34,7 +34,7 @@ from .rewards import GroupMinMax, check_available
 from .spectral import SobolevEnergy, energy_gap, l2_energy
 from .training import (DEGRADATIONS, DTYPES, HPO, METRICS, OUTPUTS, REWARDS, Loop, Pairs, adapter_loss, check_folders, check_prompts, choose,
                            drift_states, evaluate, fit, freed, inputs_of, judges_of, kept_drifts, main, margin_loss, output_batch, pairs_of_bank, policy_of,
-                           preference_loss, processes, prompts_of, put, quantized, record_of, refuse_fsdp, seed_at, settle, train_adapter,
+                           preference_loss, processes, prompts_of, put, record_of, refuse_fsdp, seed_at, settle, train_adapter,
                            train_what)
 
 # %% ../nbs/42_align.ipynb #42-align-006
@@ -156,7 +156,7 @@ def sample_pairs(
 )->Pairs:
     "The photograph against each sample: Diffusion-DPO's pairs without a rater"
     groups = [(g, k) for i in ids for g in [read_group(bank, i)] for k in range(len(g.sr))]
-    return Pairs([quantized(g.lq) for g, _ in groups], [quantized(g.gt[None]) for g, _ in groups], [quantized(g.sr[k:k+1]) for g, k in groups], torch.ones(len(groups), 1, 1), text_ids(g.prompt for g, _ in groups))
+    return Pairs([to_bytes(g.lq) for g, _ in groups], [to_bytes(g.gt[None]) for g, _ in groups], [to_bytes(g.sr[k:k+1]) for g, k in groups], torch.ones(len(groups), 1, 1), text_ids(g.prompt for g, _ in groups))
 
 def side_by_side(w:Tensor, l:Tensor)->Tensor: # (B,...) each -> (2B,...): winner, loser, winner, loser
     return torch.stack([w, l], 1).flatten(0, 1)

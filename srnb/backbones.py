@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import _replace, bicubic, generator, open_run, quantize
+from .core import replace_file, bicubic, generator, open_run, quantize
 from .paths import Flow, Shift, VP, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import EMPTY, Policy, layers_of, parts_of, text_ids
 
@@ -242,7 +242,7 @@ class Texts:
         if self.encoder is None: raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
         for (p, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
-            if self.folder: _replace(self.folder/f"{i:016x}.safetensors", lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
+            if self.folder: replace_file(self.folder/f"{i:016x}.safetensors", lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
 
     def __call__(self, ids:Tensor)->tuple[Tensor, Tensor|None]: # (B,) -> text, pooled
         try: rows = [self.rows[i] for i in ids.tolist()]
@@ -538,7 +538,7 @@ def save_lora(
         state[f"{path}.lora_A.weight"] = torch.cat([layer.lora_A[n].weight for n in here]).detach().cpu()
         state[f"{path}.lora_B.weight"] = torch.cat([layer.scaling[n]*layer.lora_B[n].weight for n in here], 1).detach().cpu()
     file = Path(folder)/"pytorch_lora_weights.safetensors"
-    _replace(file, lambda tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, dict(format="pt")))
+    replace_file(file, lambda tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, dict(format="pt")))
     return file
 
 def save_control(

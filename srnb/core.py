@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'bicubic', 'read_image', 'to_pil', 'write_image', 'progress', 'RunOccupied', 'write_json', 'write_table',
-           'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
+           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'progress', 'RunOccupied',
+           'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run',
+           'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -116,6 +117,12 @@ def quantize(
     "Clamp to [0, 1] and round to 8 bit, as writing a file would"
     return images.clamp(0, 1).mul(255).round().div(255)
 
+def to_bytes(
+    images:Tensor, # any shape, [0, 1]
+)->Tensor:         # the same shape, uint8
+    "Images as 8-bit integers"
+    return images.mul(255).round().byte().contiguous()
+
 def bicubic(
     images:Tensor,          # (B,3,H,W), [0, 1]
     size:Sequence[int],     # (H', W') in pixels
@@ -161,7 +168,11 @@ def to_pil(
     check_images(image[None], "image")
     return Image.fromarray(image.detach().cpu().mul(255).round().byte().permute(1, 2, 0).numpy())
 
-def _replace(path:Path, write)->None: # write(temporary path), then rename: the file is whole or absent
+def replace_file(
+    path:Path,                    # its folder is made if it is not there
+    write:Callable[[str], object],# writes a file at the temporary path that it is given
+)->None:
+    "Write a file and then rename it: it is whole or absent"
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = os.umask(0); os.umask(mask) # it can only be read by setting it
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask
@@ -182,7 +193,7 @@ def write_image(
     "Write an 8-bit PNG, whole or not at all"
     path = Path(path)
     if path.suffix.lower() != ".png": raise ValueError(f"images are written as .png, got {path.name}")
-    _replace(path, to_pil(image).save)
+    replace_file(path, to_pil(image).save)
     return path
 
 # %% ../nbs/00_core.ipynb #00-core-034
@@ -213,13 +224,13 @@ def write_json(path:str|Path, obj)->Path:
     "Write JSON, whole or not at all; NaN is refused"
     path = Path(path)
     text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    _replace(path, lambda tmp: Path(tmp).write_text(text))
+    replace_file(path, lambda tmp: Path(tmp).write_text(text))
     return path
 
 def write_table(path:str|Path, table:pd.DataFrame)->Path:
     "Write a parquet table, whole or not at all"
     path = Path(path)
-    _replace(path, lambda tmp: table.to_parquet(tmp, index=False))
+    replace_file(path, lambda tmp: table.to_parquet(tmp, index=False))
     return path
 
 # %% ../nbs/00_core.ipynb #00-core-038

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .core import RunOccupied, _replace, check_images, open_run, seed_of, write_table
+from .core import RunOccupied, replace_file, check_images, open_run, seed_of, to_bytes, write_table
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
 
@@ -136,7 +136,7 @@ class Ledger:
     )->None:
         "Make one manifest of many, the one that a single process would have written"
         if parts := list(self.folder.glob("manifest-*.jsonl")):
-            _replace(self.folder/"manifest.jsonl", lambda tmp: Path(tmp).write_text("".join(json.dumps(dict(id=i)) + "\n" for i in ids)))
+            replace_file(self.folder/"manifest.jsonl", lambda tmp: Path(tmp).write_text("".join(json.dumps(dict(id=i)) + "\n" for i in ids)))
             for path in parts: path.unlink(missing_ok=True)
 
 def finished_groups(
@@ -322,8 +322,6 @@ def fingerprint(
     return h.hexdigest()
 
 # %% ../nbs/21_curation.ipynb #21-curation-032
-def _to8(x:Tensor)->Tensor: return x.mul(255).round().byte().contiguous()
-
 def read_group(
     folder:str|Path, # of a bank
     image_id:str,    # of a finished group
@@ -366,7 +364,7 @@ def make_outputs(
 def _fill(folder, pairs, draw, what, params, prompts=None): # draw: (id, lq) -> (M,3,H,W)
     ids, inputs = [], hashlib.blake2b(digest_size=8)
     for i, lq, gt in pairs:
-        for o, name in ((lq, "lq"), (gt, "gt")): inputs.update(_to8(check_images(o[None], f"{name} of {i}")).cpu().numpy().tobytes())
+        for o, name in ((lq, "lq"), (gt, "gt")): inputs.update(to_bytes(check_images(o[None], f"{name} of {i}")).cpu().numpy().tobytes())
         ids.append(i)
     if not ids: raise ValueError("there is no photograph to sample from")
     if len(set(ids)) != len(ids): raise ValueError(f"two photographs have one id: {min(i for i, n in Counter(ids).items() if n > 1)}")
@@ -384,12 +382,12 @@ def _fill(folder, pairs, draw, what, params, prompts=None): # draw: (id, lq) -> 
         _, lq, gt = pairs[at[i]]
         sr = draw(i, lq)
         if sr.shape[1:] != gt.shape: raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {tuple(gt.shape)}")
-        state, prompt = dict(lq=_to8(lq), gt=_to8(gt), sr=_to8(sr)), (prompts or {}).get(i)
+        state, prompt = dict(lq=to_bytes(lq), gt=to_bytes(gt), sr=to_bytes(sr)), (prompts or {}).get(i)
         def write(tmp):
             save_file(state, tmp, dict(prompt=prompt) if prompt else None)
             fd = os.open(tmp, os.O_RDONLY)
             os.fsync(fd); os.close(fd) # on the disk before its line is
-        _replace(folder/"groups"/f"{i}.safetensors", write)
+        replace_file(folder/"groups"/f"{i}.safetensors", write)
         ledger.finish(i)
     ledger.mend()
     share(folder/"claims", ids, ledger.done, ledger.refresh, work, what)

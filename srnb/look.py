@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import _replace, check_images, generator, read_image, seed_of, to_pil, write_json
+from .core import replace_file, check_images, generator, read_image, seed_of, to_pil, write_json
 from .data import _by_name, find_images
 
 # %% ../nbs/51_look.ipynb #51-look-007
@@ -368,7 +368,7 @@ def _write_study(out:Path, content:dict, key:dict)->tuple[Path, Path]: # the key
     write_json(there, key)
     text = json.dumps(content, sort_keys=True).replace("<", "\\u003c") # no end of the script inside it
     page = _PAGE.substitute(style=_STYLE, script=_SCRIPT, study=text)
-    _replace(out, lambda tmp: Path(tmp).write_text(page, encoding="utf-8"))
+    replace_file(out, lambda tmp: Path(tmp).write_text(page, encoding="utf-8"))
     return out, there
 
 def read_key(

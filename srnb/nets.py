@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import _replace, bicubic, like_batch, write_json
+from .core import replace_file, bicubic, like_batch, write_json
 
 # %% ../nbs/10_nets.ipynb #10-nets-007
 def flow_scalings(
@@ -364,7 +364,7 @@ def save_net(
     folder = Path(folder)
     write_json(folder/"config.json", dict(kind=type(net).__name__, **asdict(net.config)))
     state = {k: v.detach().cpu().to(dtype).contiguous() for k, v in net.state_dict().items()}
-    _replace(folder/"model.safetensors", lambda tmp: save_file(state, tmp))
+    replace_file(folder/"model.safetensors", lambda tmp: save_file(state, tmp))
     return folder
 
 def load_net(

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .core import _replace, open_run, progress, read_run, to_pil, write_table
+from .core import replace_file, open_run, progress, read_run, to_pil, write_table
 from .curation import Group, _fill, bank_reward, finished_groups, group_seeds, read_group, score_bank
 from .data import Photo
 from .rewards import GroupMinMax, Metric, Reward
@@ -92,9 +92,9 @@ def _export(bank, folder, write, ext, shard_bytes, licence, metrics, reward, nor
             yield _Row("", i, g.prompt, _png(g.lq), _png(g.gt), [_png(o) for o in g.sr], about=about, **facts[i])
     for k in progress(range(n), "shards"):
         path, part = folder/"data"/f"{split}-{k:05d}-of-{n:05d}.{ext}", ids[k*per:(k+1)*per]
-        if not path.exists(): _replace(path, lambda tmp, part=part, k=k: write(tmp, rows(part), k*per))
+        if not path.exists(): replace_file(path, lambda tmp, part=part, k=k: write(tmp, rows(part), k*per))
     text = _dataset_card(folder, ids, about, facts, first, ext, split, licence, unknown)
-    _replace(folder/"README.md", lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
+    replace_file(folder/"README.md", lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
     return folder
 
 # %% ../nbs/22_release.ipynb #22-release-014
@@ -396,7 +396,7 @@ def write_card(
              f"- **What it cannot do.** {cannot}", "", "## Held-out numbers", "",
              f"{table.image.nunique()} photographs, {table.seed.nunique()} seeds; means and intervals over photographs, computed from the run record.", "", *_numbers(table, interval, against),
              "", "## Parameters of the run", "", "| parameter | value |", "|---|---|", *[f"| {k} | {v} |" for k, v in sorted(plain.items())], ""]
-    _replace(folder/"README.md", lambda tmp: Path(tmp).write_text("\n".join(lines), encoding="utf-8"))
+    replace_file(folder/"README.md", lambda tmp: Path(tmp).write_text("\n".join(lines), encoding="utf-8"))
     return folder/"README.md"
 
 # %% ../nbs/22_release.ipynb #22-release-047

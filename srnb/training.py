@@ -7,9 +7,9 @@ __all__ = ['OPTIMISERS', 'DEGRADATIONS', 'PATHS', 'DTYPES', 'OWN', 'LATER', 'REW
            'OUTPUTS', 'RUNS', 'wsd', 'ema_decay', 'Loop', 'latest_checkpoint', 'processes', 'refuse_fsdp',
            'OutOfMemory', 'fit', 'put', 'check_folders', 'check_prompts', 'own_file', 'choose', 'settle', 'sources',
            'record_of', 'seed_at', 'draw_batch', 'sft_loss', 'SFTRun', 'small_policy', 'check_readable', 'train_sft',
-           'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'quantized', 'group_batch', 'margin_loss',
-           'preference_loss', 'DPORun', 'photo_sets', 'judges_of', 'policy_of', 'train_what', 'prompts_of', 'inputs_of',
-           'freed', 'restored', 'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps',
+           'check_unseen', 'evaluate_base', 'Pairs', 'pairs_of_bank', 'group_batch', 'margin_loss', 'preference_loss',
+           'DPORun', 'photo_sets', 'judges_of', 'policy_of', 'train_what', 'prompts_of', 'inputs_of', 'freed',
+           'restored', 'train_dp2o', 'evaluate', 'output_batch', 'adapter_loss', 'given_loser', 'as_dpo_gaps',
            'as_dpo_loss', 'ASASRRun', 'train_adapter', 'alone', 'drift_states', 'drift_of', 'kept_drifts',
            'train_asasr', 'held_out_preference', 'spectra', 'from_config', 'main']
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from .adversary import adversary_loser, coupled_pair, riesz_loser
 from .backbones import BackboneOptions, LatentCodec, is_backbone, load_backbone
 from .baselines import BASELINES
-from .core import _replace, bicubic, generator, open_run, progress, project_root, run_done, seed_of, write_json, write_table
+from .core import replace_file, bicubic, generator, open_run, progress, project_root, run_done, seed_of, to_bytes, write_json, write_table
 from .curation import Group, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank, make_outputs, read_group, score_bank, top_bottom
 from .data import PatchPool, check_disjoint, embedded_photos, find_photos, make_pair, split_photos
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR, Degradation
@@ -234,7 +234,7 @@ def fit(
             accelerator.log(row, step=k+1); sums = {}
         if loop.keep_every and (k+1) % loop.keep_every == 0:
             copy = {n: _whole(p.detach()).contiguous() for n, p in names.items()}
-            if accelerator.is_main_process: _replace(out/"kept"/f"{k+1:08d}.safetensors", lambda tmp, copy=copy: save_file(copy, tmp))
+            if accelerator.is_main_process: replace_file(out/"kept"/f"{k+1:08d}.safetensors", lambda tmp, copy=copy: save_file(copy, tmp))
             accelerator.wait_for_everyone() # others may read it
         if saved: _save(accelerator, out, k+1, average, rows, sums, memory)
     for tracker in accelerator.trackers: tracker.finish() # end_training would also end the process group, and a run has several stages
@@ -542,11 +542,10 @@ def pairs_of_bank(
     "Top N against bottom N of every group, with hierarchical weights [DP2O-SR, pair curation, HPO]"
     top, low = top_bottom(reward, n)
     groups = [read_group(folder, i) for i in ids]
-    return Pairs([quantized(g.lq) for g in groups], [quantized(g.sr[w]) for g, w in zip(groups, top, strict=True)],
-                 [quantized(g.sr[k]) for g, k in zip(groups, low, strict=True)], hpo_weights(reward, top, low, intra, inter), text_ids(g.prompt for g in groups))
+    return Pairs([to_bytes(g.lq) for g in groups], [to_bytes(g.sr[w]) for g, w in zip(groups, top, strict=True)],
+                 [to_bytes(g.sr[k]) for g, k in zip(groups, low, strict=True)], hpo_weights(reward, top, low, intra, inter), text_ids(g.prompt for g in groups))
 
-def quantized(x:Tensor)->Tensor: # [0, 1] -> bytes
-    return x.mul(255).round().byte()
+
 
 # %% ../nbs/40_training.ipynb #40-training-036
 def group_batch(

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import __version__
-from .core import _replace, bicubic, check_images, generator, seed_of
+from .core import replace_file, bicubic, check_images, generator, seed_of
 from .data import find_images
 from .paths import SAMPLERS, Shift
 from .plan import DoesNotFit
@@ -581,7 +581,7 @@ def save_image(
     def write(tmp):
         image.save(tmp, kind, icc_profile=icc, **options)
         if path.exists() and not force: raise FileExistsError(17, "it exists already")
-    try: _replace(path, write)
+    try: replace_file(path, write)
     except OSError as e: raise OSError(f"cannot write {path}: {e.strerror or e}") from e
 
 def upscale_file(

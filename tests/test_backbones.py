@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from srnb.align import OnlineDraw
 from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
-from srnb.core import check_close, generator, quantize
+from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, read_group
 from srnb.paths import Shift
 from srnb.policies import load_adapter, text_ids
 from srnb.preference import hinge_loss
 from srnb.spectral import SobolevEnergy, l2_energy
-from srnb.training import DTYPES, DPORun, Loop, OutOfMemory, Pairs, as_dpo_loss, adapter_loss, fit, given_loser, margin_loss, preference_loss, quantized, train_dp2o
+from srnb.training import DTYPES, DPORun, Loop, OutOfMemory, Pairs, as_dpo_loss, adapter_loss, fit, given_loser, margin_loss, preference_loss, train_dp2o
 
 KINDS = ("sd", "sdxl", "flux")
 
@@ -38,12 +38,12 @@ def backbone(folders, kind, prompts=("a tree",), **options):
 
 def groups(n=2, m=4)->list[Group]:
     g = generator(0)
-    return [Group(f"p{i}", *(quantized(torch.rand(s, generator=g)).float().div(255) for s in ((3, 16, 16), (3, 64, 64), (m, 3, 64, 64))), "a tree" if i else "") for i in range(n)]
+    return [Group(f"p{i}", *(to_bytes(torch.rand(s, generator=g)).float().div(255) for s in ((3, 16, 16), (3, 64, 64), (m, 3, 64, 64))), "a tree" if i else "") for i in range(n)]
 
 
 def pairs()->Pairs:
     bank = groups()
-    return Pairs([quantized(o.lq) for o in bank], [quantized(o.sr[:2]) for o in bank], [quantized(o.sr[2:]) for o in bank], torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
+    return Pairs([to_bytes(o.lq) for o in bank], [to_bytes(o.sr[:2]) for o in bank], [to_bytes(o.sr[2:]) for o in bank], torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
 
 
 def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
