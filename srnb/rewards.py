@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'PSNR_Y', 'SSIM_Y', 'LSD', 'ST_LPIPS_ALEX', 'ST_LPIPS_VGG', 'LPIPS_ALEX', 'LPIPS_VGG', 'CVVDP', 'PIQE',
-           'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'LADDER', 'luma', 'psnr_y', 'ssim_y',
-           'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of', 'check_available', 'check_scores',
-           'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric', 'orient', 'GroupMinMax',
-           'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table', 'check_ladder',
-           'pair_agreement']
+           'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'OFFLINE_FR', 'OFFLINE_NR', 'LADDER',
+           'luma', 'psnr_y', 'ssim_y', 'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of',
+           'check_available', 'check_scores', 'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric',
+           'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table',
+           'check_ladder', 'pair_agreement']
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-004
 import contextlib
@@ -429,6 +429,8 @@ DP2O = Reward("dp2o",
     nr=(pyiqa_metric("maniqa-pipal", "nr", True), pyiqa_metric("musiq", "nr", True), pyiqa_metric("clipiqa+", "nr", True),
         pyiqa_metric("topiq_nr", "nr", True), pyiqa_metric("afine_nr", "nr", False), pyiqa_metric("qalign", "nr", True)))
 OFFLINE = Reward("offline", fr=(ST_LPIPS_ALEX, GMSD), nr=(PIQE,))
+OFFLINE_FR = Reward("offline_fr", fr=OFFLINE.fr) # each half by itself
+OFFLINE_NR = Reward("offline_nr", nr=OFFLINE.nr)
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-066
 LADDER = ("gt", "jpeg50", "jpeg10", "noise10", "noise30", "blur1", "blur3", "bicubic4")
