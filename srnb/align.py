@@ -465,7 +465,7 @@ def align(
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.policy = None
         work.policy = work.fresh(out/folder)
-        banks[variant] = work.sample(out/variant, work.policy, work.probes, m, work.probe_prompts)
+        banks[variant] = work.sample(out/f"bank-{variant}", work.policy, work.probes, m, work.probe_prompts)
     with state.main_process_first(): # one process judges, the others find the work done
         if not run_done(out): judge(work, banks, bounds)
     return out

@@ -217,39 +217,44 @@ def revive(
 # %% ../nbs/05_config.ipynb #05-config-017
 def leaves(
     run,           # a dataclass of dataclasses
+    changes=(),    # path -> value, in place of what the run has there
     path:str="",   # of `run` in the whole
-)->dict[str, tuple]: # path -> (declared type, value) of every field that is no dataclass with fields of its own
-    "The fields of a run, however deep"
+)->dict[str, tuple]: # path -> (declared type, value) of every field, however deep
+    "The fields of a run"
     found = {}
     for f in (o for o in fields(run) if o.init):
-        value, at = getattr(run, f.name), f"{path}{f.name}"
+        at = f"{path}{f.name}"
+        value = dict(changes).get(at, getattr(run, f.name))
         found[at] = f.type, value
-        if is_dataclass(value) and name_of(value) is None: found |= leaves(value, f"{at}.")
+        if is_dataclass(value) and name_of(value) is None: found |= leaves(value, changes, f"{at}.")
     return found
 
-def _with(run, path:list[str], value):
-    if len(path) == 1: return replace(run, **{path[0]: value})
-    return replace(run, **{path[0]: _with(getattr(run, path[0]), path[1:], value)})
+def _changed(run, changes:dict, path:str=""): # every dataclass made once, from all of its new values
+    def value(n):
+        now = changes.get(path+n, getattr(run, n))
+        return _changed(now, changes, f"{path}{n}.") if any(o.startswith(f"{path}{n}.") for o in changes) else now
+    return replace(run, **{f.name: value(f.name) for f in fields(run) if f.init})
 
 def fill(
     run,               # a preset
-    values:dict,       # name of a field, or its path, to value
+    values:dict,       # name of a field, or the end of its path, to value
     old:dict|None=None,# names that a field once had, to answer with the new one
 ):
     "A run with some of its fields changed"
+    changes = {}
     for name, value in values.items():
-        there = leaves(run)
-        found = [p for p in there if p == name or "." not in name and p.rpartition(".")[2] == name]
+        there = leaves(run, changes)
+        found = sorted((p for p in there if f".{p}".endswith(f".{name}")), key=lambda p: p.count("."))
         if not found and name in (old or {}): raise ValueError(f"{name!r} is called {old[name]!r} now")
         if not found:
             names = sorted({p.rpartition(".")[2] for p in there})
             raise ValueError(f"there is no {name!r}; {nearest(name, names)}")
-        found = [p for p in found if p == name] or found
-        if len(found) > 1: raise ValueError(f"{name!r} could be {' or '.join(found)}: give the whole path")
+        if len(found) > 1 and found[0].count(".") == found[1].count("."):
+            raise ValueError(f"{name!r} could be {found[0]} or {found[1]}: give more of its path")
         kind = there[found[0]][0]
         if isinstance(value, str) and get_origin(kind) is tuple: value = [o for o in value.split(";") if o]
-        run = _with(run, found[0].split("."), coerced(value, kind, name))
-    return run
+        changes[found[0]] = coerced(value, kind, name)
+    return _changed(run, changes)
 
 def parameters(
     space:dict, # globals() of a notebook, after its parameters
