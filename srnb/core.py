@@ -36,7 +36,8 @@ def check_close(
     rtol:float=0.,    # tolerance relative to |rhs|
 )->None:              # prints the largest error
     "Raise AssertionError unless both sides have one shape, are finite, non-empty and agree"
-    a, b = [torch.as_tensor(o if isinstance(o, Tensor) else np.asarray(o, dtype=np.float64)).detach().cpu().double() for o in (lhs, rhs)]
+    def tensor(o): return o if isinstance(o, Tensor) else torch.as_tensor(np.asarray(o, dtype=np.float64))
+    a, b = [tensor(o).detach().cpu().double() for o in (lhs, rhs)]
     if a.shape != b.shape: raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     if a.numel() == 0: raise AssertionError("nothing to compare: both sides are empty")
     if not (a.isfinite().all() and b.isfinite().all()): raise AssertionError("a side holds NaN or infinity")
@@ -56,7 +57,8 @@ class expect_fail:
     ): self.kind, self.message = kind, message
     def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
-        if kind is None: raise AssertionError(f"expected {self.kind.__name__} with {self.message!r}, but nothing was raised")
+        if kind is None:
+            raise AssertionError(f"expected {self.kind.__name__} with {self.message!r}, but nothing was raised")
         if not issubclass(kind, self.kind): return False
         if self.message not in str(error): raise AssertionError(f"{self.message!r} is not in: {error}") from error
         print(f"{kind.__name__}: {error}")
@@ -154,7 +156,8 @@ def read_image(
             im = ImageOps.exif_transpose(im)
             if im.has_transparency_data:
                 alpha = np.asarray(im.convert("RGBA"))[..., 3]
-                if alpha.min() < 255: raise ValueError(f"{path}: has transparent pixels; flatten it onto a background first")
+                if alpha.min() < 255:
+                    raise ValueError(f"{path}: has transparent pixels; flatten it onto a background first")
             rgb = np.array(im.convert("RGB"))
     except UnidentifiedImageError: raise ValueError(f"{path}: not an image that Pillow can read") from None
     except (OSError, SyntaxError) as e: raise ValueError(f"{path}: unreadable or truncated image ({e})") from e
@@ -174,7 +177,8 @@ def replace_file(
 )->None:
     "Write a file and then rename it: it is whole or absent"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mask = os.umask(0); os.umask(mask) # it can only be read by setting it
+    mask = os.umask(0) # it can only be read by setting it
+    os.umask(mask)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
     os.close(fd)
@@ -248,7 +252,8 @@ def git_revision()->str|None: # None outside a checkout
     try:
         root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
         if not (root/".git").exists(): return None
-        def git(*a): return subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout
+        def git(*args):
+            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError): return None
 
@@ -274,8 +279,9 @@ def open_run(
     else:
         if out.exists() and any(not p.name.startswith(".part-") for p in out.iterdir()):
             raise RunOccupied(f"{out} is not empty and holds no config.json; give another out_dir")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(config, dict(params=params, versions=versions(), git=git_revision(), cpus=os.cpu_count(),
-                                machine=platform.machine(), created=datetime.now(timezone.utc).isoformat(timespec="seconds")))
+                                machine=platform.machine(), created=now))
     return out
 
 def run_done(out_dir:str|Path)->bool:
@@ -288,7 +294,8 @@ def read_run(
     "Configuration and metrics of a finished run"
     folder = Path(folder)
     for n in ("config.json", "metrics.parquet"):
-        if not (folder/n).exists(): raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
+        if not (folder/n).exists():
+            raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
     return json.loads((folder/"config.json").read_text()), pd.read_parquet(folder/"metrics.parquet")
 
 # %% ../nbs/00_core.ipynb #00-core-new1

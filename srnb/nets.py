@@ -69,10 +69,11 @@ class Regressor(nn.Module):
 # %% ../nbs/10_nets.ipynb #10-nets-017
 def _add_trunk(net:nn.Module, channels:tuple, blocks:tuple, emb:int)->None: # the modules that `_trunk` runs
     net.embed = nn.Sequential(nn.Linear(2*16, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-    net.down = nn.ModuleList(nn.ModuleList(Block(w, emb) for _ in range(n)) for w, n in zip(channels, blocks, strict=True))
+    def blocks_of(width, n): return nn.ModuleList(Block(width, emb) for _ in range(n))
+    net.down = nn.ModuleList(blocks_of(w, n) for w, n in zip(channels, blocks, strict=True))
     net.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(channels))
     net.grow = nn.ModuleList(nn.Conv2d(b, 4*a, 1) for a, b in pairwise(channels))
-    net.up = nn.ModuleList(nn.ModuleList(Block(w, emb) for _ in range(n)) for w, n in zip(channels[:-1], blocks[:-1], strict=True))
+    net.up = nn.ModuleList(blocks_of(w, n) for w, n in zip(channels[:-1], blocks[:-1], strict=True))
     net.register_buffer("freqs", torch.logspace(-1, 1.5, 16), persistent=False)
 
 def _trunk(net:nn.Module, h:Tensor, level:Tensor)->Tensor: # h (B,C,h,w), level (B,) -> (B,C,h,w)
@@ -80,7 +81,9 @@ def _trunk(net:nn.Module, h:Tensor, level:Tensor)->Tensor: # h (B,C,h,w), level 
     emb, skips = net.embed(torch.cat([angle.sin(), angle.cos()], 1)), []
     for i, blocks in enumerate(net.down):
         for block in blocks: h = block(h, emb)
-        if i < len(net.shrink): skips.append(h); h = net.shrink[i](h)
+        if i < len(net.shrink):
+            skips.append(h)
+            h = net.shrink[i](h)
     for i in reversed(range(len(net.up))):
         h = skips[i] + F.pixel_shuffle(net.grow[i](h), 2)
         for block in net.up[i]: h = block(h, emb)
@@ -136,12 +139,14 @@ def _forward(self,
     return_mean:bool=False, # give the mean too, for its own loss; the velocity never trains it
 )->Tensor:        # (B,3,H,W) velocity eps - z, or (velocity, mean)
     "Predicted velocity; sides must be multiples of the coarsest stride"
-    if cond.shape[1] not in (3, 6): raise ValueError(f"cond must be lq (3 channels) or come from encode (6), got {cond.shape[1]} channels")
+    if cond.shape[1] not in (3, 6):
+        raise ValueError(f"cond must be lq (3 channels) or come from encode (6), got {cond.shape[1]} channels")
     step, f = self.stride, self.config.scale if cond.shape[1] == 3 else 1
     if x.shape[-2] % step or x.shape[-1] % step:
         raise ValueError(f"sides must be multiples of {step} pixels, got {tuple(x.shape[-2:])}")
     if any(a != f*b for a, b in zip(x.shape[-2:], cond.shape[-2:], strict=True)):
-        raise ValueError(f"x {tuple(x.shape[-2:])} is not {f} times {'lq' if f > 1 else 'cond'} {tuple(cond.shape[-2:])}")
+        name = "lq" if f > 1 else "cond"
+        raise ValueError(f"x {tuple(x.shape[-2:])} is not {f} times {name} {tuple(cond.shape[-2:])}")
     if cond.shape[1] == 3: cond = self.encode(cond)
     mean, cond = cond[:, 3:], cond.detach()
     c_skip, c_out, c_in = (like_batch(c, x) for c in flow_scalings(sigma))
@@ -228,7 +233,7 @@ class SwinConfig:
         if self.width % self.heads: raise ValueError(f"heads must divide width, got {self.heads} and {self.width}")
         if self.scale != 4: raise ValueError(f"this network enlarges four times, got scale {self.scale}")
 
-def _group_norm(channels:int)->nn.GroupNorm: # 32 groups, or fewer of at least 4: a group of one would undo an added level
+def _group_norm(channels:int)->nn.GroupNorm: # 32 groups, or fewer of at least 4: one alone would undo an added level
     groups = next(n for n in range(max(1, min(32, channels//4)), 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -265,9 +270,11 @@ class SwinLayer(nn.Module):
     def __init__(self, channels:int, config:SwinConfig):
         super().__init__()
         n = config.width
-        self.enter, self.leave, self.mix = nn.Conv2d(channels, n, 1), nn.Conv2d(n, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
+        self.enter, self.leave = nn.Conv2d(channels, n, 1), nn.Conv2d(n, channels, 1)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm1, self.attention = _group_norm(n), WindowAttention(n, config.heads, config.window)
-        self.norm2, self.mlp = _group_norm(n), nn.Sequential(nn.Linear(n, config.mlp*n), nn.GELU(), nn.Linear(config.mlp*n, n))
+        self.norm2 = _group_norm(n)
+        self.mlp = nn.Sequential(nn.Linear(n, config.mlp*n), nn.GELU(), nn.Linear(config.mlp*n, n))
         with torch.no_grad(): self.mix.weight.mul_(1e-5), self.mix.bias.zero_()
 
     def forward(self, x:Tensor)->Tensor:
@@ -321,12 +328,19 @@ class SwinUNet(OneStep):
         self.head = nn.Conv2d(3*f*f + 3, c[0], 3, padding=1)
         self.down, self.up, skips, now = nn.ModuleList(), nn.ModuleList(), [c[0]], c[0]
         for i, n in enumerate(c):
-            if i: self.down.append(block(now, now, nn.AvgPool2d(2))); skips.append(now)
-            for _ in range(config.blocks): self.down.append(block(now, n, swin=True)); skips.append(n); now = n
+            if i:
+                self.down.append(block(now, now, nn.AvgPool2d(2)))
+                skips.append(now)
+            for _ in range(config.blocks):
+                self.down.append(block(now, n, swin=True))
+                skips.append(n)
+                now = n
         self.middle = nn.ModuleList([block(now, now, swin=True), block(now, now)])
         for i, n in reversed(list(enumerate(c))):
             if i < len(c)-1: self.up.append(block(now, now, nn.Upsample(scale_factor=2)))
-            for k in range(config.blocks+1): self.up.append(block(now+skips.pop(), n, swin=k == config.blocks)); now = n
+            for k in range(config.blocks+1):
+                self.up.append(block(now+skips.pop(), n, swin=k == config.blocks))
+                now = n
         self.norm, self.out = _group_norm(now), nn.Conv2d(now, c[0], 3, padding=1)
         self.enlarge = nn.ModuleList(NearestConv(c[0]) for _ in range(2))
         self.tail = nn.Conv2d(c[0], 3, 3, padding=1)
@@ -344,16 +358,21 @@ class SwinUNet(OneStep):
         "The network's own part F (B,3,H,W)"
         emb, skips = self.level(c_noise), []
         h = self.head(torch.cat([F.pixel_unshuffle(x, self.config.scale), 2*lq - 1], 1))
-        for block in self.down: skips.append(h); h = block(h, emb)
+        for block in self.down:
+            skips.append(h)
+            h = block(h, emb)
         skips.append(h)
         for block in self.middle: h = block(h, emb)
-        for block in self.up: h = block(h if isinstance(block.resample, nn.Upsample) else torch.cat([h, skips.pop()], 1), emb)
+        for block in self.up:
+            enlarges = isinstance(block.resample, nn.Upsample)
+            h = block(h if enlarges else torch.cat([h, skips.pop()], 1), emb)
         h = self.out(F.silu(self.norm(h)))
         for conv in self.enlarge: h = F.leaky_relu(conv(h), .2)
         return self.tail(h)
 
 # %% ../nbs/10_nets.ipynb #10-nets-053
-NETS = dict(SmallUNet=(SmallUNet, UNetConfig), OneStepUNet=(OneStepUNet, OneStepConfig), SwinUNet=(SwinUNet, SwinConfig)) # what a config.json may name
+NETS = dict(SmallUNet=(SmallUNet, UNetConfig), OneStepUNet=(OneStepUNet, OneStepConfig),
+            SwinUNet=(SwinUNet, SwinConfig)) # what a config.json may name
 
 def save_net(
     net:nn.Module,                    # a network of this room, any dtype
@@ -380,7 +399,8 @@ def load_net(
     make, shape = NETS[kind]
     net = make(shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
     try: state = load_file(folder/"model.safetensors")
-    except SafetensorError as e: raise ValueError(f"{folder/'model.safetensors'}: not a readable safetensors file ({e})") from e
+    except SafetensorError as e:
+        raise ValueError(f"{folder/'model.safetensors'}: not a readable safetensors file ({e})") from e
     try: net.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e: raise ValueError(f"{folder/'model.safetensors'} does not fit its config.json: {e}") from e
     return net.eval()

@@ -83,15 +83,18 @@ class Policy:
         dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16 runs it under autocast
         sampler:Callable=sample_ddim,        # that it is sampled with if nobody names another
     ):
-        self.net, self.path, self.trained_on, self.codec, self.dtype, self.sampler = net, path, trained_on, codec, dtype, sampler
+        self.net, self.path, self.trained_on, self.codec = net, path, trained_on, codec
+        self.dtype, self.sampler = dtype, sampler
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
-        self._layers, self.off = [], set() # layers that carry adapters; names of adapters that are on only inside `using`
+        self._layers = [] # that carry adapters
+        self.off = set()  # names of adapters that are on only inside `using`
 
     @property
     def device(self)->torch.device: return next(self.net.parameters()).device
 
     @property
-    def stride(self)->int: return getattr(self.net, "module", self.net).stride # pixels: both sides of an image are multiples
+    def stride(self)->int: # pixels: both sides of an image are multiples
+        return getattr(self.net, "module", self.net).stride
 
     def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
@@ -104,7 +107,8 @@ class Policy:
         text:Tensor|None=None, # (B,) from `text_ids`; a network that reads no text takes empty prompts alone
     )->Tensor:                 # what `predict` takes as `cond`; lq itself if the network encodes nothing
         "What depends on the input alone; the same for policy and reference"
-        if text is not None and (text != EMPTY).any(): raise ValueError("this network reads no text: its prompts must be empty")
+        if text is not None and (text != EMPTY).any():
+            raise ValueError("this network reads no text: its prompts must be empty")
         encode = getattr(getattr(self.net, "module", self.net), "encode", None)
         if encode is None: return lq
         with self.autocast(): return encode(lq)
@@ -117,7 +121,9 @@ class Policy:
         "What the policy predicts: the target of its path"
         def net(x, sigma):
             with self.autocast(): out = self.net(x, sigma, cond).float()
-            if out.shape != x.shape: raise ValueError(f"the network answers a state of shape {tuple(x.shape)} with {tuple(out.shape)}: it must keep the shape")
+            if out.shape != x.shape:
+                raise ValueError(f"the network answers a state of shape {tuple(x.shape)} with {tuple(out.shape)}: "
+                                 "it must keep the shape")
             return out
         if self.path == self.trained_on: return net(x, sigma)
         return convert(net, self.trained_on, self.path)(x, sigma)
@@ -165,7 +171,8 @@ def _solve(self,
     with in_eval(self.net):
         cond = self.encode(lq) if cond is None else cond
         def predict(x, sigma): return self.guided(x, sigma, cond)
-        z = (sampler or self.sampler)(predict, path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device), path, draw)
+        start, sigmas = path.start(noise.to(self.device)), path.sigma_grid(steps).to(self.device)
+        z = (sampler or self.sampler)(predict, start, sigmas, path, draw)
     return self.codec.decode(z, lq)
 
 @torch.no_grad()
@@ -184,15 +191,19 @@ def _sample(self,
     if len(table) != len(lq) or len({len(s) for s in table}) != 1 or not table[0]:
         raise ValueError(f"need the same number of seeds, at least one, for each of {len(lq)} images")
     todo = [(b, int(s)) for b, row in enumerate(table) for s in row]
-    if prompts is not None and len(prompts) != len(lq): raise ValueError(f"one prompt per image: {len(prompts)} for {len(lq)}")
+    if prompts is not None and len(prompts) != len(lq):
+        raise ValueError(f"one prompt per image: {len(prompts)} for {len(lq)}")
     text, shape, out = text_ids(prompts or [""]*len(lq)), self.codec.shape(lq), []
     batch = batch or (1 if self.device.type == "cpu" else 8)
-    with in_eval(self.net): codes = [self.encode(o[None].to(self.device), t[None]) for o, t in zip(lq, text, strict=True)] # one at a time: a sample does not depend on its batch
+    def code(image, number): return self.encode(image[None].to(self.device), number[None])
+    # one at a time: a sample does not depend on its batch
+    with in_eval(self.net): codes = [code(o, t) for o, t in zip(lq, text, strict=True)]
     for i in range(0, len(todo), batch):
         part = todo[i:i+batch]
         rows, gens = [b for b, _ in part], [generator(s) for _, s in part]
         def draw(x, gens=gens): return randn_each(x.shape[1:], gens).to(x)
-        out.append(self.solve(lq[rows], randn_each(shape, gens), steps, sampler, draw, torch.cat([codes[b] for b in rows])).cpu())
+        cond = torch.cat([codes[b] for b in rows])
+        out.append(self.solve(lq[rows], randn_each(shape, gens), steps, sampler, draw, cond).cpu())
     return torch.cat(out).unflatten(0, (len(lq), len(table[0])))
 
 Policy.solve, Policy.sample = torch.no_grad()(_solve), _sample
@@ -209,12 +220,14 @@ def _add_lora(self,
     alpha:float|None=None,   # scale alpha/rank; None: alpha = rank
     seed:int=0,              # of A; B is zero
     name:str="policy",       # adapter's name
-    targets:Sequence[str]|str|None=None, # names of layers that receive an adapter, or a pattern; None: what the network says, else conv1 and conv2
+    targets:Sequence[str]|str|None=None, # names of layers, or a pattern; None: what the network says, or conv1, conv2
 )->list[nn.Parameter]:       # the trainable parameters, and nothing else requires a gradient
     "Add a zero-initialised low-rank adapter to the network; the policy's prediction does not change"
     if rank < 1: raise ValueError(f"rank must be at least 1, got {rank}")
     if targets is None: targets = getattr(self.net, "lora_targets", ("conv1", "conv2"))
-    _add(self, _peft().LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets if isinstance(targets, str) else list(targets), lora_dropout=0., bias="none"), name)
+    targets = targets if isinstance(targets, str) else list(targets)
+    _add(self, _peft().LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets,
+                                  lora_dropout=0., bias="none"), name)
     for path, layer in layers_of(self.net):
         if name not in getattr(layer, "lora_A", ()): continue
         a = layer.lora_A[name].weight
@@ -229,9 +242,12 @@ def _add_copy(self,
     name:str="policy",   # adapter's name
 )->list[nn.Parameter]:   # the trainable parameters, and nothing else requires a gradient
     "Train a whole part: a float32 copy of it is the adapter, the frozen original the reference"
-    if not hasattr(self.net, part): raise ValueError(f"the network has no part {part!r}; it has {', '.join(n for n, _ in self.net.named_children())}")
+    if not hasattr(self.net, part):
+        have = ", ".join(n for n, _ in self.net.named_children())
+        raise ValueError(f"the network has no part {part!r}; it has {have}")
     from peft.utils.constants import DUMMY_TARGET_MODULES
-    if len(same := [n for n, _ in self.net.named_modules() if n.endswith(part)]) > 1: raise ValueError(f"{len(same)} parts end in {part!r}, and PEFT would copy them all: {', '.join(same)}")
+    if len(same := [n for n, _ in self.net.named_modules() if n.endswith(part)]) > 1:
+        raise ValueError(f"{len(same)} parts end in {part!r}, and PEFT would copy them all: {', '.join(same)}")
     _add(self, _peft().LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[part]), name)
     for _, layer in layers_of(self.net):
         if hasattr(layer, "original_module"): layer.modules_to_save[name].float() # bfloat16 would swallow small steps
@@ -242,7 +258,8 @@ def _add(self:Policy, config, name:str)->None:
     else: self.net = _peft().get_peft_model(self.net, config, adapter_name=name)
 
 def layers_of(net:nn.Module)->list[tuple[str, nn.Module]]: # (path in the network, PEFT layer)
-    return [(n.removeprefix("module."), m) for n, m in net.named_modules() if hasattr(m, "lora_A") or hasattr(m, "original_module")]
+    def carries(m): return hasattr(m, "lora_A") or hasattr(m, "original_module")
+    return [(n.removeprefix("module."), m) for n, m in net.named_modules() if carries(m)]
 
 def parts_of(layer:nn.Module, name:str)->list[nn.Module]: # what belongs to an adapter
     if hasattr(layer, "original_module"): return [layer.modules_to_save[name]] if name in layer.modules_to_save else []
@@ -258,7 +275,7 @@ def _activate(self:Policy, train:str|None=None)->list[nn.Parameter]:
     for layer in self._layers: layer._active_adapter = [n for n in _names(layer) if n not in self.off]
     trained = [p for layer in self._layers for part in parts_of(layer, train) for p in part.parameters()]
     for p in trained: p.requires_grad_(True)
-    if unread := getattr(self.net, "unread", None): # parameters of a part that nothing reads would wait for a gradient that never comes
+    if unread := getattr(self.net, "unread", None): # weights that nothing reads would wait for a gradient for ever
         for n, p in self.net.named_parameters():
             if re.search(unread, n): p.requires_grad_(False)
     return [p for p in trained if p.requires_grad]
@@ -273,10 +290,11 @@ def _using(self,
 )->Iterator[None]:
     "Inside, exactly these adapters are on and there are no gradients; always restored"
     layers = self._layers
-    if lost := [n for n in names if n not in self.adapters]: raise ValueError(f"there is no adapter {lost[0]!r}; call add_lora or load_adapter first")
+    if lost := [n for n in names if n not in self.adapters]:
+        raise ValueError(f"there is no adapter {lost[0]!r}; call add_lora or load_adapter first")
     before = [layer._active_adapter for layer in layers]
     try:
-        # Set the list itself: PEFT's set_adapter would turn the gradients of the frozen adapter on, and costs 50 us a layer
+        # Set the list itself: PEFT's set_adapter would turn on the frozen adapter's gradients, and costs 50 us a layer
         for layer in layers: layer._active_adapter = [n for n in _names(layer) if n in names]
         with torch.no_grad(): yield
     finally:
@@ -286,7 +304,8 @@ def _reference(self,
     trained:str="policy", # adapter that is switched off
 ):                        # a context
     "Inside, the policy is its own reference: same weights, trained adapter off, no gradients; always restored"
-    if trained not in self.adapters: raise ValueError(f"there is no adapter {trained!r} to switch off; call add_lora or load_adapter first")
+    if trained not in self.adapters:
+        raise ValueError(f"there is no adapter {trained!r} to switch off; call add_lora or load_adapter first")
     return self.using(*{n for layer in self._layers for n in layer._active_adapter}-{trained})
 
 Policy.using, Policy.reference = _using, _reference
@@ -302,7 +321,8 @@ def usual_dtype(
     return torch.float32
 
 # %% ../nbs/11_policies.ipynb #11-policies-038
-SHIPPED = ("small", "onestep", "first") # what ships in srnb/weights; first is an earlier small, from which the study of all methods starts
+# what ships in srnb/weights; first is an earlier small, from which the study of all methods starts
+SHIPPED = ("small", "onestep", "first")
 TRAINED = dict(Flow=(Flow(), ResidualCodec), Shift=(Shift(), PixelCodec)) # what a policy.json may name
 
 def save_pretrained(
@@ -311,11 +331,15 @@ def save_pretrained(
     dtype:torch.dtype=torch.float32,  # of the file
 )->Path:
     "Write a policy's network and codec"
-    if hasattr(policy.net, "peft_config"): raise ValueError("the network carries adapters; write them with save_adapter")
+    if hasattr(policy.net, "peft_config"):
+        raise ValueError("the network carries adapters; write them with save_adapter")
     sampler = next((n for n, s in SAMPLERS.items() if s is policy.sampler), None)
-    if sampler is None: raise ValueError(f"a policy's file names its sampler, one of {', '.join(SAMPLERS)}; this one has {policy.sampler.__name__}")
+    if sampler is None:
+        raise ValueError(f"a policy's file names its sampler, one of {', '.join(SAMPLERS)}; "
+                         f"this one has {policy.sampler.__name__}")
     save_net(policy.net, folder, dtype)
-    write_json(Path(folder)/"policy.json", dict(trained_on=type(policy.trained_on).__name__, scale=policy.codec.scale, sampler=sampler))
+    meta = dict(trained_on=type(policy.trained_on).__name__, scale=policy.codec.scale, sampler=sampler)
+    write_json(Path(folder)/"policy.json", meta)
     return Path(folder)
 
 def policy_folder(
@@ -325,7 +349,7 @@ def policy_folder(
     return Path(str(files("srnb")))/"weights"/name if name in SHIPPED else Path(name)
 
 def from_pretrained(
-    folder:str|Path="small",          # a folder that save_pretrained wrote, or "small", the embedded flow, "onestep", or "first", an earlier flow
+    folder:str|Path="small",          # written by save_pretrained, or one of SHIPPED
     path=None,             # path to run it on; None: the one it was trained on
     dtype:torch.dtype=torch.float32,  # of the arithmetic
     device:str|torch.device="cpu",
@@ -334,8 +358,10 @@ def from_pretrained(
     folder = policy_folder(folder)
     net = load_net(folder)
     meta = json.loads((folder/"policy.json").read_text())
-    if meta["trained_on"] not in TRAINED: raise ValueError(f"{folder}: trained on {meta['trained_on']!r}, none of {', '.join(TRAINED)}")
-    if (sampler := meta.get("sampler", "ddim")) not in SAMPLERS: raise ValueError(f"{folder}: sampled with {sampler!r}, none of {', '.join(SAMPLERS)}")
+    if meta["trained_on"] not in TRAINED:
+        raise ValueError(f"{folder}: trained on {meta['trained_on']!r}, none of {', '.join(TRAINED)}")
+    if (sampler := meta.get("sampler", "ddim")) not in SAMPLERS:
+        raise ValueError(f"{folder}: sampled with {sampler!r}, none of {', '.join(SAMPLERS)}")
     trained_on, codec = TRAINED[meta["trained_on"]]
     net = net.to(device, memory_format=torch.channels_last)
     return Policy(net, path or trained_on, trained_on, codec(meta["scale"], net.config.scale), dtype, SAMPLERS[sampler])
@@ -371,9 +397,11 @@ def load_adapter(
     "Read an adapter onto a policy; the error names the folder and what does not fit"
     folder = Path(folder)
     for n in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder/n).is_file(): raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote")
-    try: saved = set(load_file(folder/"adapter_model.safetensors"))
-    except SafetensorError as e: raise ValueError(f"{folder/'adapter_model.safetensors'}: not a readable safetensors file ({e})") from e
+        if not (folder/n).is_file():
+            raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote")
+    file = folder/"adapter_model.safetensors"
+    try: saved = load_file(file)
+    except SafetensorError as e: raise ValueError(f"{file}: not a readable safetensors file ({e})") from e
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # missing weights are an error below
@@ -381,11 +409,12 @@ def load_adapter(
             else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
     except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
     for path, layer in layers_of(policy.net): # a copy of a part is trained, and written, in float32
-        if name in getattr(layer, "modules_to_save", {}) if hasattr(layer, "original_module") else False:
-            weights = load_file(folder/"adapter_model.safetensors")
-            layer.modules_to_save[name].float().load_state_dict({k.removeprefix(f"{path}."): v for k, v in weights.items() if k.startswith(f"{path}.")})
+        if hasattr(layer, "original_module") and name in layer.modules_to_save:
+            own = {k.removeprefix(f"{path}."): v for k, v in saved.items() if k.startswith(f"{path}.")}
+            layer.modules_to_save[name].float().load_state_dict(own)
     have = set(_peft().get_peft_model_state_dict(policy.net, adapter_name=name))
-    if saved != have: raise ValueError(f"{folder} does not fit this network: {len(saved ^ have)} weights have no partner, first {min(saved ^ have)}")
+    if odd := saved.keys() ^ have:
+        raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
     policy.off = policy.off-{name} if on else policy.off | {name}
     _activate(policy, name if train else None)
     return policy

@@ -17,9 +17,11 @@ from srnb.core import check_close, generator, open_run, read_image, write_image,
 def png16(path, rgb):
     "A 16-bit RGB PNG, which Pillow reads as 8 bit without a word"
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
-    def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     head = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 @pytest.fixture
@@ -51,14 +53,18 @@ def test_refused(tmp_path, rgb):
     Image.fromarray(np.tile(rgb, (20, 20, 1))).save(tmp_path/"whole.jpg")
     (tmp_path/"cut.jpg").write_bytes((tmp_path/"whole.jpg").read_bytes()[:2000])
     (tmp_path/"empty.png").write_bytes(b"")
-    for name, message in (("alpha.png", "flatten"), ("grey16.png", "8-bit"), ("rgb16.png", "8-bit"), ("cmyk.jpg", "CMYK"), ("cut.jpg", "truncated"),
-                          ("empty.png", "not an image")):
+    for name, message in (("alpha.png", "flatten"), ("grey16.png", "8-bit"), ("rgb16.png", "8-bit"),
+                          ("cmyk.jpg", "CMYK"), ("cut.jpg", "truncated"), ("empty.png", "not an image")):
         with pytest.raises(ValueError, match=f"{name}.*{message}"): read_image(tmp_path/name)
     with pytest.raises(FileNotFoundError, match="nowhere.png"): read_image(tmp_path/"nowhere.png")
     with pytest.raises(ValueError, match="png"): write_image(tmp_path/"x.jpg", torch.zeros(3, 2, 2))
 
 
-@pytest.mark.parametrize("write", [lambda p: write_json(p, dict(a=2)), lambda p: write_table(p, pd.DataFrame(dict(a=[2])))], ids=["json", "table"])
+def write_2_json(path): write_json(path, dict(a=2))
+def write_2_table(path): write_table(path, pd.DataFrame(dict(a=[2])))
+
+
+@pytest.mark.parametrize("write", [write_2_json, write_2_table], ids=["json", "table"])
 def test_full_disk(tmp_path, monkeypatch, write):
     "What stood there before still stands, and nothing half written stays"
     path = tmp_path/"x"

@@ -26,8 +26,10 @@ def test_peft_reads_the_adapter(tmp_path):
     x, sigma, lq = torch.randn(2, 3, 32, 32, generator=g), torch.tensor([.2, .9]), torch.rand(2, 3, 8, 8, generator=g)
     theirs = PeftModel.from_pretrained(toy(), tmp_path/"a")
     with torch.no_grad():
-        check_close(theirs(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
-        check_close(load_adapter(Policy(toy()), tmp_path/"a").predict(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
+        again = load_adapter(Policy(toy()), tmp_path/"a")
+        wanted = policy.predict(x, sigma, lq)
+        check_close(theirs(x, sigma, lq), wanted, atol=1e-6)
+        check_close(again.predict(x, sigma, lq), wanted, atol=1e-6)
 
 
 def test_adapter_does_not_depend_on_the_global_seed():
@@ -42,9 +44,10 @@ def test_adapter_does_not_depend_on_the_global_seed():
 def test_an_answer_of_another_shape_is_refused(path):
     class One(torch.nn.Conv2d):
         def forward(self, x, sigma, lq): return super().forward(x)
-    x = torch.randn(2, 3, 16, 16, generator=generator(0))
-    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"): Policy(One(3, 1, 1), path).predict(x, torch.full((2,), .5), None)
-    assert Policy(One(3, 3, 1), path).predict(x, torch.full((2,), .5), None).shape == x.shape
+    x, sigma = torch.randn(2, 3, 16, 16, generator=generator(0)), torch.full((2,), .5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"):
+        Policy(One(3, 1, 1), path).predict(x, sigma, None)
+    assert Policy(One(3, 3, 1), path).predict(x, sigma, None).shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["small", "first"])
@@ -53,7 +56,8 @@ def test_shipped_base(name, tmp_path):
     policy = from_pretrained(name)
     folder = save_net(policy.net, tmp_path, torch.bfloat16)
     assert (folder/"model.safetensors").stat().st_size < 9e6
-    with safe_open(folder/"model.safetensors", "pt") as f: assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
+    with safe_open(folder/"model.safetensors", "pt") as f:
+        assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
     with torch.no_grad():
         for a, b in zip(load_net(folder).parameters(), policy.net.parameters(), strict=True): check_close(a, b)
     photo = embedded_photos("held_out")[0].read()[None, :, :48, :80]
@@ -101,10 +105,12 @@ def test_a_bases_record_is_of_its_weights(name):
     from srnb.training import METRICS
     config, metrics = read_run(project_root()/f"nbs/_records/base_{name}")
     p, policy = config["params"], from_pretrained(name)
-    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"] and policy.sampler.__name__ == p["sampler"]
+    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"]
+    assert policy.sampler.__name__ == p["sampler"]
     photo = next(o for o in embedded_photos("held_out") if o.id == p["ids"][0])
     lq, gt = make_pair(photo, p["size"], RESSHIFT_TEST)
     rows = metrics[(metrics.metric == "psnr_y") & (metrics.image == photo.id)].set_index(["variant", "seed"]).value
     sr = policy.sample(lq[None], group_seeds(photo.id, 2, p["seed"]), steps=p["steps"])[0]
     again = score_group([METRICS["psnr_y"]], sr, gt)["psnr_y"]
-    assert abs(again-torch.tensor([rows["sample", 0], rows["sample", 1]])).max() < .02 # the record's arithmetic is bfloat16
+    recorded = torch.tensor([rows["sample", 0], rows["sample", 1]])
+    assert abs(again-recorded).max() < .02 # the record's arithmetic is bfloat16
