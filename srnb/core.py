@@ -22,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -231,7 +230,10 @@ def write_json(path:str|Path, obj)->Path:
     replace_file(path, lambda tmp: Path(tmp).write_text(text))
     return path
 
-def write_table(path:str|Path, table:pd.DataFrame)->Path:
+def write_table(
+    path:str|Path, # of the file
+    table,         # pandas.DataFrame
+)->Path:
     "Write a parquet table, whole or not at all"
     path = Path(path)
     replace_file(path, lambda tmp: table.to_parquet(tmp, index=False))
@@ -289,9 +291,10 @@ def run_done(out_dir:str|Path)->bool:
     return (Path(out_dir)/"metrics.parquet").exists()
 
 def read_run(
-    folder:str|Path,            # of a finished run
-)->tuple[dict, pd.DataFrame]:   # config, metrics (image, seed, metric, variant, value)
+    folder:str|Path, # of a finished run
+)->tuple:            # config, a dict; metrics, a pandas.DataFrame of image, seed, metric, variant, value
     "Configuration and metrics of a finished run"
+    import pandas as pd # 0.3 s, which nothing else here needs
     folder = Path(folder)
     for n in ("config.json", "metrics.parquet"):
         if not (folder/n).exists():
