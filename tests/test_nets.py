@@ -1,13 +1,16 @@
 "Every network that a config.json may name: size, boundary, files, gradients, inputs"
 import json
+import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from srnb import nets
 from srnb.core import check_close, generator
-from srnb.nets import (NETS, NearestConv, OneStepConfig, OneStepUNet, SmallUNet, SwinBlock, SwinConfig, SwinUNet,
+from srnb.nets import (NearestConv, OneStepConfig, OneStepUNet, SmallUNet, SwinBlock, SwinConfig, SwinUNet,
                        UNetConfig, WindowAttention, boundary_scalings, load_net, save_net)
 
 TINY = dict(SmallUNet=UNetConfig((16, 24), (1, 1), 16, 8, 1), OneStepUNet=OneStepConfig((16, 24), (1, 1), 16, 8),
@@ -18,7 +21,7 @@ ONE_STEP = [pytest.param(k, id=k) for k in TINY if k != "SmallUNet"]
 
 def tiny(kind:str, seed:int=0)->nn.Module:
     "A small network of this kind, no weight zero"
-    g, net = generator(seed), NETS[kind][0](TINY[kind])
+    g, net = generator(seed), getattr(nets, kind)(TINY[kind])
     with torch.no_grad():
         for p in net.parameters():
             scale = .7/p[0].numel()**.5 if p.ndim > 1 else .1
@@ -35,7 +38,8 @@ def inputs(batch=2, h=6, w=10, seed=1): # x, sigma, lq
 
 
 def test_every_kind_is_here():
-    assert set(TINY) == set(NETS)
+    assert set(TINY) == {k for k, o in vars(nets).items() if hasattr(o, "config_class")}
+    for kind, config in TINY.items(): assert getattr(nets, kind).config_class is type(config)
 
 
 def test_published_size():
@@ -78,10 +82,78 @@ def test_files(kind, tmp_path):
     with pytest.raises(ValueError, match="does not fit"): load_net(tmp_path/"a")
 
 
-def test_unknown_kind(tmp_path):
+STRANGE = ["Other", "smallunet", "OneStep", "WindowAttention", "nn", "load_net", "__builtins__", None]
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_no_network_of_this_room(kind, tmp_path):
+    "A misspelt name, a class without a config_class, and what is no network at all"
     save_net(tiny("OneStepUNet"), tmp_path)
-    (tmp_path/"config.json").write_text(json.dumps(dict(kind="Other")))
-    with pytest.raises(ValueError, match="'Other', none of SmallUNet, OneStepUNet, SwinUNet"): load_net(tmp_path)
+    (tmp_path/"config.json").write_text(json.dumps(dict(kind=kind)))
+    with pytest.raises(ValueError, match=f"config.json is of '{kind}', none of SmallUNet, OneStepUNet, SwinUNet"):
+        load_net(tmp_path)
+
+
+def test_misspelt_field(tmp_path):
+    save_net(tiny("OneStepUNet"), tmp_path)
+    (tmp_path/"config.json").write_text(json.dumps(dict(kind="OneStepUNet", chanels=[16, 24])))
+    with pytest.raises(ValueError, match="config.json does not fit OneStepUNet: .*'chanels'"): load_net(tmp_path)
+
+
+@dataclass(frozen=True)
+class MineConfig:
+    width:int = 5
+
+
+class Mine(nn.Conv2d):
+    config_class = MineConfig
+    def __init__(self, config):
+        super().__init__(3, config.width, 1)
+        self.config = config
+
+
+class NoConfig(Mine): config_class = None
+
+
+def test_own_network(tmp_path):
+    "Its file names module and class, and is read with the class alone"
+    folder, mine = save_net(Mine(MineConfig(7)), tmp_path/"own"), f"{__name__}:Mine"
+    assert json.loads((folder/"config.json").read_text()) == dict(kind=mine, width=7)
+    with pytest.raises(ValueError, match=f"config.json is of '{mine}', .*net=Mine"): load_net(folder)
+    again = load_net(folder, net=Mine)
+    assert type(again) is Mine and again.config == MineConfig(7)
+    with pytest.raises(ValueError, match=f"is of '{mine}', not of net=SmallUNet"): load_net(folder, net=SmallUNet)
+    with pytest.raises(TypeError, match="must be a class"): load_net(folder, net=again)
+
+
+def test_a_file_imports_nothing(tmp_path, monkeypatch):
+    "The module that a config.json names stays unread, whether a class is passed or not"
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path/"trap.py").write_text("raise SystemExit('imported')")
+    save_net(Mine(MineConfig(7)), tmp_path)
+    (tmp_path/"config.json").write_text(json.dumps(dict(kind="trap:Mine", width=7)))
+    with pytest.raises(ValueError, match="is of 'trap:Mine'"): load_net(tmp_path)
+    assert type(load_net(tmp_path, net=Mine)) is Mine and "trap" not in sys.modules
+
+
+def test_own_network_from_another_module(tmp_path):
+    "The same class may be __main__'s when it is written and a file's when it is read; so may one inside a function"
+    class Inner(Mine): pass
+    for own, kind in ((Mine, "__main__:Mine"), (Inner, f"{__name__}:{Inner.__qualname__}"), (Mine, "Mine")):
+        save_net(own(MineConfig(4)), tmp_path)
+        if own is Mine: (tmp_path/"config.json").write_text(json.dumps(dict(kind=kind, width=4)))
+        assert json.loads((tmp_path/"config.json").read_text())["kind"] == kind
+        assert type(load_net(tmp_path, net=own)) is own
+
+
+def test_config_class_is_missing(tmp_path):
+    "Said before anything is written, and when a file is read with such a class"
+    with pytest.raises(ValueError, match="NoConfig needs a class attribute config_class"):
+        save_net(NoConfig(MineConfig()), tmp_path/"none")
+    assert not (tmp_path/"none").exists()
+    save_net(Mine(MineConfig()), tmp_path/"mine")
+    with pytest.raises(ValueError, match="NoConfig needs a class attribute config_class"):
+        load_net(tmp_path/"mine", net=NoConfig)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,6 @@
 "Adapters as PEFT itself reads them, and the shipped base"
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,8 +9,9 @@ from safetensors import safe_open
 from srnb.core import check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
-from srnb.paths import Flow, VPEps, VPV, sample_ab2, sample_ddim
-from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter, save_pretrained
+from srnb.paths import Flow, Shift, VPEps, VPV, sample_ab2, sample_ddim
+from srnb.policies import (PixelCodec, Policy, ResidualCodec, from_pretrained, load_adapter, save_adapter,
+                           save_pretrained)
 
 
 def toy():
@@ -48,6 +51,37 @@ def test_an_answer_of_another_shape_is_refused(path):
     with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"):
         Policy(One(3, 1, 1), path).predict(x, sigma, None)
     assert Policy(One(3, 3, 1), path).predict(x, sigma, None).shape == x.shape
+
+
+class Mine(SmallUNet): pass
+
+
+def test_own_network(tmp_path):
+    "A policy with a network of the reader's own comes back when the class is passed, on any path"
+    net = Mine(UNetConfig((16, 16), (1, 1), 16))
+    save_pretrained(Policy(net, codec=ResidualCodec(.05)), tmp_path)
+    with pytest.raises(ValueError, match=f"is of '{__name__}:Mine', .*net=Mine"): from_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, VPEps(), net=Mine)
+    assert type(again.net) is Mine and again.path == VPEps() and again.codec == ResidualCodec(.05)
+    for a, b in zip(again.net.parameters(), net.parameters(), strict=True): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="is of 'SmallUNet', not of net=Mine"): from_pretrained("small", net=Mine)
+
+
+@pytest.mark.parametrize("path, codec", [(VPV(), ResidualCodec()), (Shift(sigma_max=.5), PixelCodec()),
+                                         (Flow(), PixelCodec()), (Shift(), ResidualCodec())])
+def test_what_a_file_cannot_hold_is_not_written(path, codec, tmp_path):
+    with pytest.raises(ValueError, match="trained on Flow or Shift, got 'VPV'|holds Flow.*got (Flow|Shift)"):
+        save_pretrained(Policy(toy(), path, path, codec), tmp_path/"p")
+    assert not (tmp_path/"p").exists()
+
+
+@pytest.mark.parametrize("field, message", [(dict(trained_on="Flaw"), "on Flow or Shift, got 'Flaw'"),
+                                            (dict(sampler="dim"), "sampled with 'dim', none of ddim")])
+def test_misspelt_policy_file(field, message, tmp_path):
+    save_pretrained(Policy(toy()), tmp_path)
+    file = tmp_path/"policy.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | field))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"): from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["small", "first"])
