@@ -108,12 +108,12 @@ def sinc_kernel(
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-032
 def mirrored(
-    n:int,   # length of a side, pixels
-    pad:int, # pixels to add at both ends
-)->Tensor:   # (n+2*pad,), indices into the side
+    n:int,               # length of a side, pixels
+    before:int,          # pixels to add in front of it
+    after:int|None=None, # and behind it; None: as many
+)->Tensor:               # (before+n+after,), indices into the side
     "Indices that continue a side by mirroring it without repeating the edge, as often as needed"
-    if n == 1: return torch.zeros(1+2*pad, dtype=torch.long)
-    i = torch.arange(-pad, n+pad) % (2*n-2)
+    i = torch.arange(-before, n+(before if after is None else after)) % max(2*n-2, 1)
     return torch.where(i < n, i, 2*n-2-i)
 
 def blur(

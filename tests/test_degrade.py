@@ -12,7 +12,7 @@ import torch
 
 from srnb.core import generator, seed_of
 from srnb.degrade import (RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR, Blur, Degradation, Stage, degradation_name, degrade,
-                          draw_kernel)
+                          draw_kernel, mirrored)
 
 PRESETS = (RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR)
 
@@ -80,6 +80,19 @@ def test_second_stage_happens_as_often_as_asked():
     d = dataclasses.replace(d, first=dataclasses.replace(dark, gaussian_prob=1.))
     ran = sum(degrade(gt, d, generator(s)).std().item() > .1 for s in range(n))
     assert abs(ran/n-.3) < 4*(.3*.7/n)**.5
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("before, after", [(0, 0), (0, 9), (9, 0), (4, 5), (5, None)])
+def test_mirrored(n, before, after):
+    "A walk to and fro along the side, however short it is, that passes its start after `before` steps"
+    place, step, walk = 0, 1, []
+    for _ in range(n+9): # forwards, from the first pixel
+        walk.append(place)
+        if not 0 <= place+step < n: step = -step
+        place = min(max(place+step, 0), n-1)
+    wanted = walk[1:before+1][::-1] + walk[:n+(before if after is None else after)]
+    assert mirrored(n, before, after).tolist() == wanted
 
 
 def test_presets_are_plain_data():
