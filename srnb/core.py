@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'progress', 'RunOccupied',
-           'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run',
-           'in_words']
+           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'Clock', 'progress',
+           'RunOccupied', 'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run',
+           'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -200,6 +200,32 @@ def write_image(
     return path
 
 # %% ../nbs/00_core.ipynb #00-core-034
+class Clock:
+    "Says now and then how much is done, how long it took and how long the rest will take"
+    def __init__(self,
+        what:str,                    # what one item is called, for example "groups"
+        say:Callable[[str], object]=lambda line: print(line, flush=True), # what becomes of a line
+        every:float=5.,              # seconds between lines
+        start:int=0,                 # how many were done before, by an earlier run
+        at_once:bool=False,          # say it after the first item too, if others follow
+        note:Callable[[], str]=str,  # text to add to a line, for example the current loss
+    ):
+        self.what, self.say, self.every, self.start, self.at_once, self.note = what, say, every, start, at_once, note
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self,
+        done:int,  # so far, those of an earlier run included
+        total:int,
+    )->None:
+        "To be called after every item; most calls say nothing"
+        now = time.monotonic()
+        passed, new = now-self.begin, done-self.start
+        at_once, at_end = self.at_once and new == 1 and done < total, done == total and passed >= self.every
+        if not (at_once or at_end or now-self.last >= self.every): return
+        left = passed/max(new, 1)*(total-done)
+        self.say(f"{self.what}: {done}/{total}, {passed:.0f} s, {left:.0f} s left {self.note()}".rstrip())
+        self.last = now
+
 def progress(
     items:Iterable,          # what to loop over
     what:str,                # what one item is called, for example "groups"
@@ -210,14 +236,10 @@ def progress(
 )->Iterator:
     "Yield the items; print now and then how many are done and the time left"
     total = total if total is not None else start + len(items)
-    begin = last = time.monotonic()
+    clock = Clock(what, every=every, start=start, note=note)
     for i, item in enumerate(items, start+1):
         yield item
-        now = time.monotonic()
-        if now-last >= every or (i == total and now-begin >= every):
-            left = (now-begin)/(i-start)*(total-i)
-            print(f"{what}: {i}/{total}, {now-begin:.0f} s, {left:.0f} s left {note()}".rstrip(), flush=True)
-            last = now
+        clock(i, total)
 
 # %% ../nbs/00_core.ipynb #00-core-037
 class RunOccupied(ValueError):

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from srnb import core
 from srnb.core import check_close, generator, open_run, read_image, write_image, write_json, write_table
 
 
@@ -81,3 +83,39 @@ def test_moved_run(tmp_path):
     (tmp_path/"a").rename(tmp_path/"b")
     open_run(tmp_path/"b", dict(kappa=1.))
     assert json.loads((tmp_path/"b"/"config.json").read_text())["params"] == dict(kappa=1.)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "Seconds, which the test advances by hand"
+    now = [100.]
+    monkeypatch.setattr(core, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_progress(clock, capsys):
+    "A line at least five seconds after the last, and one at the end; what an earlier run did takes no time"
+    def seen(seconds, **kw):
+        for k, _ in enumerate(core.progress(range(len(seconds)), "steps", **kw)): clock[0] += seconds[k]
+        return capsys.readouterr().out.splitlines()
+    assert seen([3]*5) == ["steps: 2/5, 6 s, 9 s left", "steps: 4/5, 12 s, 3 s left", "steps: 5/5, 15 s, 0 s left"]
+    assert seen([1]*4) == [] and seen([0]*0) == []
+    assert seen([1]*2, every=0.) == ["steps: 1/2, 1 s, 1 s left", "steps: 2/2, 2 s, 0 s left"]
+    assert seen([8, 1], start=2, total=4, note=lambda: "loss 1") == ["steps: 3/4, 8 s, 8 s left loss 1",
+                                                                     "steps: 4/4, 9 s, 0 s left loss 1"]
+
+
+def test_clock(clock):
+    "At once after the first of several, not of one; at any pace of its caller; through any channel"
+    def said(calls, total, **kw):
+        lines = []
+        tick = core.Clock("tiles", lines.append, **kw)
+        for seconds, done in calls:
+            clock[0] += seconds
+            tick(done, total)
+        return lines
+    assert said([(2, 1), (2, 2), (2, 3)], 3, at_once=True) == ["tiles: 1/3, 2 s, 4 s left", "tiles: 3/3, 6 s, 0 s left"]
+    assert said([(2, 1)], 1, at_once=True) == said([(2, 1), (2, 2)], 2) == []
+    assert said([(2, 6)], 9, at_once=True, start=5) == ["tiles: 6/9, 2 s, 6 s left"]
+    waits = said([(6, 4), (6, 4), (1, 8)], 12, start=4) # nothing new at first
+    assert waits == ["tiles: 4/12, 6 s, 48 s left", "tiles: 4/12, 12 s, 96 s left"]
