@@ -184,7 +184,7 @@ def check_readable(
 )->None:
     "Raise unless a policy can be read back once it is trained and written"
     with TemporaryDirectory() as folder:
-        try: from_pretrained(save_pretrained(policy, folder))
+        try: from_pretrained(save_pretrained(policy, folder), net=type(policy.net))
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             kind, why = type(policy.net).__name__, str(e).replace(f"{folder}/", "")
             raise ValueError(f"{name}: once trained it could not be read back ({why}); its network {kind} needs a "
