@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'srnb.backbones.Cond.__len__': ('backbones.html#cond.__len__', 'srnb/backbones.py'),
                                 'srnb.backbones.Cond.__torch_function__': ('backbones.html#cond.__torch_function__', 'srnb/backbones.py'),
                                 'srnb.backbones.Cond.map': ('backbones.html#cond.map', 'srnb/backbones.py'),
+                                'srnb.backbones.Cond.parts': ('backbones.html#cond.parts', 'srnb/backbones.py'),
                                 'srnb.backbones.Cond.repeat_interleave': ('backbones.html#cond.repeat_interleave', 'srnb/backbones.py'),
                                 'srnb.backbones.Cond.to': ('backbones.html#cond.to', 'srnb/backbones.py'),
                                 'srnb.backbones.ControlledFlux': ('backbones.html#controlledflux', 'srnb/backbones.py'),
