@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPACINGS', 'NEGATIVE', 'KINDS', 'TINY', 'SDEps', 'SDV', 'FluxPath', 'LatentCodec', 'digest_of', 'Cond',
-           'ControlledUNet', 'pack', 'unpack', 'ControlledFlux', 'Texts', 'Backbone', 'BackboneOptions',
-           'BackboneError', 'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny', 'write_tiny_control',
-           'save_lora', 'save_control']
+           'ControlledUNet', 'pack', 'unpack', 'ControlledFlux', 'unet_branch', 'flux_branch', 'Texts', 'Backbone',
+           'BackboneOptions', 'BackboneError', 'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny',
+           'write_tiny_control', 'save_lora', 'save_control']
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-004
 import copy
@@ -123,11 +123,14 @@ class LatentCodec:
         z = z.to(self.vae.device, torch.float32)/c.scaling_factor + (c.shift_factor or 0.)
         return quantize((torch.cat([self.vae.decode(o[None].to(self.vae.dtype)).sample.float() for o in z])+1)/2)
 
-def digest_of(net:nn.Module)->str: # 16 hexadecimal digits
-    "What a network's answers depend on: its weights"
-    h = hashlib.blake2b(digest_size=8)
+def digest_of(
+    net:nn.Module,
+    said:str="", # what counts beside the weights
+)->str:          # 16 hexadecimal digits
+    "What a network's answers depend on: its weights, as float32 and under their names without a wrapper"
+    h = hashlib.blake2b(said.encode(), digest_size=8)
     for n, p in sorted(net.state_dict().items()):
-        h.update(n.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(n.removeprefix("module.").encode() + p.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-022
@@ -235,6 +238,29 @@ class ControlledFlux(nn.Module):
         blocks, _ = self.controlnet(tokens, pack(cond.control), conditioning_scale=self.control_scale, **control)
         out = self.transformer(tokens, controlnet_block_samples=[o.to(dtype) for o in blocks], **base)
         return unpack(out[0], x.shape)
+
+# %% ../nbs/12_backbones.ipynb #b2a1c0d2
+def unet_branch(
+    unet:nn.Module, # UNet2DConditionModel
+)->nn.Module:       # frozen ControlNetModel, on its device and in its precision
+    "A control branch that begins as a copy of encoder and middle, LR read in pixels at the size of the output"
+    from diffusers import ControlNetModel
+    p = next(unet.parameters())
+    with torch.device(p.device): net = ControlNetModel.from_unet(unet)
+    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+
+def flux_branch(
+    transformer:nn.Module, # FluxTransformer2DModel
+    blocks:int=4,          # double blocks; diffusers' from_transformer would take all 19
+)->nn.Module:              # frozen FluxControlNetModel, on its device and in its precision
+    "A control branch that begins as a copy of the first double blocks, LR read through the VAE [DP2O-SR, release]"
+    from diffusers import FluxControlNetModel
+    p, known = next(transformer.parameters()), inspect.signature(FluxControlNetModel.__init__).parameters
+    own = {k: v for k, v in transformer.config.items() if k in known}
+    with torch.device(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
+    for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
+        getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
+    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-031
 class Texts:
@@ -396,25 +422,15 @@ def _flux_path(config:dict, source:str):
                     base_tokens=config["base_image_seq_len"], max_tokens=config["max_image_seq_len"])
 
 def _unet_net(source, dtype, control, options, path):
-    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     unet = _part(UNet2DConditionModel, source, "unet", dtype)
-    branch = load_control(control, lambda: ControlNetModel.from_unet(unet), dtype)
+    branch = load_control(control, lambda: unet_branch(unet), dtype)
     return ControlledUNet(unet, branch, path.sigmas(), options.control_scale)
-
-def _flux_branch(transformer:nn.Module, blocks:int=4)->nn.Module:
-    "The first double blocks as a control branch; diffusers' from_transformer would keep all 19"
-    from diffusers import FluxControlNetModel
-    known = inspect.signature(FluxControlNetModel.__init__).parameters
-    own = {k: v for k, v in transformer.config.items() if k in known}
-    net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
-    for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
-        getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
-    return net
 
 def _flux_net(source, dtype, control, options, path):
     from diffusers import FluxTransformer2DModel
     t = _part(FluxTransformer2DModel, source, "transformer", dtype)
-    branch = load_control(control, lambda: _flux_branch(t), dtype)
+    branch = load_control(control, lambda: flux_branch(t), dtype)
     return ControlledFlux(t, branch, 2.5 if options.guidance is None else options.guidance, options.control_scale)
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .backbones import digest_of
 from .core import RunOccupied, replace_file, check_images, open_run, seed_of, to_bytes, write_table
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
@@ -341,10 +342,7 @@ def fingerprint(
 )->str:            # 16 hexadecimal digits
     "What a policy's samples depend on: its weights, path, codec, precision and guidance"
     said = policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings
-    h = hashlib.blake2b(repr(said).encode(), digest_size=8)
-    for n, p in sorted(policy.net.state_dict().items()):
-        h.update(n.removeprefix("module.").encode() + p.detach().cpu().float().numpy().tobytes())
-    return h.hexdigest()
+    return digest_of(policy.net, repr(said))
 
 # %% ../nbs/21_curation.ipynb #21-curation-032
 def read_group(
