@@ -533,6 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'srnb.release._parameters': ('release.html#_parameters', 'srnb/release.py'),
                               'srnb.release._pixels': ('release.html#_pixels', 'srnb/release.py'),
                               'srnb.release._png': ('release.html#_png', 'srnb/release.py'),
+                              'srnb.release._read': ('release.html#_read', 'srnb/release.py'),
                               'srnb.release._read_parquet': ('release.html#_read_parquet', 'srnb/release.py'),
                               'srnb.release._read_tar': ('release.html#_read_tar', 'srnb/release.py'),
                               'srnb.release._schema': ('release.html#_schema', 'srnb/release.py'),

@@ -159,7 +159,7 @@ class Cond:
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)" # the projections of every attention
 class ControlledUNet(nn.Module):
     "UNet2DConditionModel and ControlNetModel"
-    lora_parts = dict(base=rf"unet\..*\.{_ATTENTION}", control=rf"controlnet\..*\.{_ATTENTION}")
+    lora_base, lora_control = rf"unet\..*\.{_ATTENTION}", rf"controlnet\..*\.{_ATTENTION}" # layers that take LoRA
     base_name = "unet"
     def __init__(self,
         unet:nn.Module,
@@ -208,8 +208,8 @@ _SINGLE = r"single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn
 
 class ControlledFlux(nn.Module):
     "FluxTransformer2DModel and FluxControlNetModel"
-    lora_parts = dict(base=rf"transformer\.(x_embedder|{_DOUBLE}|{_SINGLE})",
-                      control=rf"controlnet\.(x_embedder|{_DOUBLE})")
+    lora_base = rf"transformer\.(x_embedder|{_DOUBLE}|{_SINGLE})" # layers that take LoRA, as ASASR
+    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE})"
     base_name, stride = "transformer", 16 # pixels
     def __init__(self,
         transformer:nn.Module,
@@ -526,7 +526,7 @@ def load_backbone(
     if options.tile_vae: # tiles of 512 pixels, whatever the VAE was trained on
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
-    net.lora_targets = net.lora_parts["base" if options.train == "base" else "control"]
+    net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
     policy = Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     policy.settings += (options.max_tokens, options.tile_vae)

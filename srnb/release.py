@@ -265,7 +265,7 @@ def _shards(source)->list[Path]: # of a folder, or the files given
     if len({p.suffix for p in paths}) > 1:
         raise ValueError(f"{source} holds both parquet and tar shards ({paths[0].name}, {paths[-1].name}); "
                          "give one kind")
-    if paths[0].suffix not in _READ: raise ValueError(f"{paths[0]}: shards end in .parquet or .tar")
+    if paths[0].suffix not in (".parquet", ".tar"): raise ValueError(f"{paths[0]}: shards end in .parquet or .tar")
     if lost := [p for p in paths if not p.is_file()]: raise FileNotFoundError(f"no shard at {lost[0]}")
     if isinstance(source, (str, Path)): # a folder is meant as a whole, a list may name a part
         there = {p.with_suffix("") for p in paths}
@@ -334,7 +334,7 @@ def _read_tar(path:Path)->Iterator[_Row]:
     except (tarfile.TarError, OSError) as e:
         raise ValueError(f"{path}: damaged or no tar file ({e}); download this shard again") from e
 
-_READ = {".parquet": _read_parquet, ".tar": _read_tar}
+def _read(path:Path)->Iterator[_Row]: return (_read_tar if path.suffix == ".tar" else _read_parquet)(path)
 
 # %% ../nbs/22_release.ipynb #22-release-037
 def _pixels(png:bytes, where:str, name:str)->Tensor: # (3,H,W), [0, 1]
@@ -377,14 +377,14 @@ def _group(row:_Row)->Group: # decoded and checked
 class _Pairs: # (id, lq, gt) of all shards, read when asked; iterating checks everything
     def __init__(self, source):
         self.shards, self.at, self.prompts = _shards(source), [], {} # at: (shard, row) of every group
-        self.first = next((r for p in self.shards for r in _READ[p.suffix](p)), None)
+        self.first = next((r for p in self.shards for r in _read(p)), None)
         if self.first is None: raise ValueError(f"{source}: the shards hold no group")
         self.cached = None, []
 
     def __iter__(self):
         seen, m, self.at = {}, len(self.first.sr), []
         for s, path in enumerate(self.shards):
-            for k, r in enumerate(_READ[path.suffix](path)):
+            for k, r in enumerate(_read(path)):
                 g = _group(r)
                 place, first = f"{r.where} ({g.id})", self.first
                 if g.id in seen:
@@ -402,7 +402,7 @@ class _Pairs: # (id, lq, gt) of all shards, read when asked; iterating checks ev
 
     def row(self, n:int)->_Row: # one shard is kept, as PNG
         s, k = self.at[n]
-        if self.cached[0] != s: self.cached = s, list(_READ[self.shards[s].suffix](self.shards[s]))
+        if self.cached[0] != s: self.cached = s, list(_read(self.shards[s]))
         return self.cached[1][k]
 
     def __getitem__(self, n:int):
