@@ -18,12 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from srnb import upscale as U
+from srnb import images, tiles
+from srnb.command import main
 from srnb.core import bicubic, generator, quantize
+from srnb.images import upscale
 from srnb.nets import OneStepConfig, OneStepUNet
 from srnb.paths import Shift
+from srnb.plan import DoesNotFit
 from srnb.policies import PixelCodec, Policy
-from srnb.upscale import DoesNotFit, main, solve_tiles, upscale
+from srnb.tiles import solve_tiles
 
 FUZZ = dict(deadline=None, derandomize=True, database=None,
             suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -59,7 +62,7 @@ def encoded(im, kind, **kw):
 
 @pytest.fixture
 def loader(monkeypatch): # the stand-in is what every name loads
-    monkeypatch.setattr(U, "load_model", lambda *a: quick)
+    monkeypatch.setattr(images, "load_model", lambda *a: quick)
 
 
 @pytest.fixture
@@ -94,12 +97,12 @@ def test_tensors():
     assert torch.equal(b[1], upscale(x[1], quick)) and torch.equal(b, upscale(x.requires_grad_(), quick)) and not b.requires_grad
 
 
-@pytest.mark.parametrize("mode", U.PILLOW_MODES)
+@pytest.mark.parametrize("mode", images.PILLOW_MODES)
 def test_pillow_modes(mode):
     if mode == "CMYK": return
     im = Image.new(mode, (13, 9)) if mode.startswith("I;") or mode == "PA" else picture(mode)
     out = upscale(im, quick)
-    assert out.mode == U.PILLOW_MODES[mode] and out.size == (52, 36)
+    assert out.mode == images.PILLOW_MODES[mode] and out.size == (52, 36)
     if mode in ("L", "RGB", "LA", "RGBA"):
         small = np.asarray(out.resize((13, 9), Image.Resampling.BOX)).astype(int)
         assert np.abs(small-np.asarray(im)).mean() < 6
@@ -144,18 +147,18 @@ def test_orientation(tmp_path, orientation):
     im, exif = picture(), Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "maker"
     im.save(tmp_path/"a.png", exif=exif)
-    U.upscale_file(tmp_path/"a.png", tmp_path/"b.png", Plain())
+    images.upscale_file(tmp_path/"a.png", tmp_path/"b.png", Plain())
     with Image.open(tmp_path/"a.png") as im: want = upscale(ImageOps.exif_transpose(im), Plain())
     with Image.open(tmp_path/"b.png") as out:
         assert np.array_equal(np.asarray(out), np.asarray(want)) and not out.getexif()
 
 
-@pytest.mark.parametrize("end", U.SAVES)
+@pytest.mark.parametrize("end", images.SAVES)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_icc_profile_is_kept(tmp_path, end, mode):
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     picture(mode).save(tmp_path/"a.png", icc_profile=icc)
-    U.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
+    images.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
     with Image.open(tmp_path/f"b{end}") as out:
         assert out.size == (52, 36) and out.info.get("icc_profile") == (None if (end, mode) == (".webp", "L") else icc)
     assert upscale(Image.open(tmp_path/"a.png"), quick).info["icc_profile"] == icc
@@ -187,13 +190,13 @@ def test_cmyk(tmp_path):
     im.paste((0, 0, 0, 255), (0, 0, 6, 9))
     im.save(tmp_path/"a.jpg", icc_profile=icc, quality=100)
     said = []
-    U.upscale_file(tmp_path/"a.jpg", tmp_path/"b.png", Plain(), say=said.append)
+    images.upscale_file(tmp_path/"a.jpg", tmp_path/"b.png", Plain(), say=said.append)
     with Image.open(tmp_path/"b.png") as out:
         assert out.mode == "RGB" and "icc_profile" not in out.info and "CMYK" in said[0]
         assert max(out.getpixel((2, 20))) < 40 and min(out.getpixel((50, 20))) > 215
     for bad in ({}, dict(icc_profile=b"damaged")):
         im.save(tmp_path/"c.tif", **bad)
-        with pytest.raises(ValueError, match="CMYK with"): U.upscale_file(tmp_path/"c.tif", tmp_path/"d.png", quick)
+        with pytest.raises(ValueError, match="CMYK with"): images.upscale_file(tmp_path/"c.tif", tmp_path/"d.png", quick)
     assert not (tmp_path/"d.png").exists()
 
 
@@ -216,34 +219,34 @@ def tiff16(w=5, h=4):
 def test_sixteen_bits_of_colour_are_refused(tmp_path, data):
     with Image.open(io.BytesIO(data)) as im, pytest.raises(ValueError, match="16 bits a channel"): upscale(im, quick)
     (tmp_path/"a.x").write_bytes(data)
-    with pytest.raises(ValueError, match="16 bits a channel"): U.open_image(tmp_path/"a.x")
+    with pytest.raises(ValueError, match="16 bits a channel"): images.open_image(tmp_path/"a.x")
 
 
 def test_sixteen_bits_of_grey_pass_through_files(tmp_path):
     (tmp_path/"a.png").write_bytes(png16(0, 1))
     for end in (".png", ".tif"):
-        U.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
+        images.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
         with Image.open(tmp_path/f"b{end}") as im: assert im.mode == "I;16"
-    with pytest.raises(ValueError, match="no 16-bit grey"): U.upscale_file(tmp_path/"a.png", tmp_path/"b.webp", quick)
+    with pytest.raises(ValueError, match="no 16-bit grey"): images.upscale_file(tmp_path/"a.png", tmp_path/"b.webp", quick)
 
 
 def test_several_pictures(tmp_path):
     frames = [picture(seed=i) for i in range(3)]
     for end in ("gif", "png", "tif", "webp"):
         frames[0].save(tmp_path/f"a.{end}", save_all=True, append_images=frames[1:])
-        with pytest.raises(ValueError, match="holds 3 pictures"): U.open_image(tmp_path/f"a.{end}")
+        with pytest.raises(ValueError, match="holds 3 pictures"): images.open_image(tmp_path/f"a.{end}")
     frames[0].save(tmp_path/"phone.jpg", "MPO", save_all=True, append_images=frames[1:])
     said = []
-    U.upscale_file(tmp_path/"phone.jpg", tmp_path/"b.png", quick, say=said.append)
+    images.upscale_file(tmp_path/"phone.jpg", tmp_path/"b.png", quick, say=said.append)
     assert said == ["note: the first of several pictures"]
     frames[0].save(tmp_path/"one.gif")
-    U.upscale_file(tmp_path/"one.gif", tmp_path/"c.png", quick)
+    images.upscale_file(tmp_path/"one.gif", tmp_path/"c.png", quick)
 
 
 def test_bombs(tmp_path, monkeypatch):
     picture().save(tmp_path/"a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(ValueError, match="too large"): U.open_image(tmp_path/"a.png")
+    with pytest.raises(ValueError, match="too large"): images.open_image(tmp_path/"a.png")
 
 
 def test_bad_calls():
@@ -266,8 +269,8 @@ def test_tiles_equal_the_whole():
     p, lq = network(), torch.rand(1, 3, 30, 40, generator=generator(0))
     lq = bicubic(lq, (121, 150))
     whole = solve_tiles(p, lq, 3, 1000)
-    noise = U.noise_window(3, 0, 0, 4*124, 4*152)
-    assert torch.equal(whole, p.solve(U.mirror(lq, 4), noise).mul(255).round().byte()[..., :484, :600])
+    noise = tiles.noise_window(3, 0, 0, 4*124, 4*152)
+    assert torch.equal(whole, p.solve(tiles.mirror(lq, 4), noise).mul(255).round().byte()[..., :484, :600])
     for tile in (64, 76, 100):
         seen = []
         part = solve_tiles(p, lq, 3, tile, tick=lambda a, b, seen=seen: seen.append((a, b)))
@@ -309,27 +312,27 @@ def test_the_plan_says_what_is_needed(monkeypatch):
     assert not said
     upscale(lq, quick, tile=64, say=said.append)
     assert said[0].startswith("70x100 -> 280x400 pixels: 6 tiles of 64, about 0.0") and "left" in said[1]
-    need = [U.plan_tiles(quick, (1000, 1000), t).bytes for t in (256, 128, 64)]
+    need = [tiles.plan_tiles(quick, (1000, 1000), t).bytes for t in (256, 128, 64)]
     assert need == sorted(need, reverse=True)
     for n, tile in zip(need, (256, 128, 64), strict=True):
-        monkeypatch.setattr(U, "free_memory", lambda n=n: int(n/.9)+10)
-        assert U.plan_tiles(quick, (1000, 1000)).tile == tile
-    monkeypatch.setattr(U, "free_memory", lambda: need[-1])
-    with pytest.raises(DoesNotFit, match="1000x1000 pixels need"): U.plan_tiles(quick, (1000, 1000))
-    with pytest.raises(DoesNotFit, match="take smaller tiles"): U.plan_tiles(quick, (1000, 1000), 256)
+        monkeypatch.setattr(tiles, "free_memory", lambda n=n: int(n/.9)+10)
+        assert tiles.plan_tiles(quick, (1000, 1000)).tile == tile
+    monkeypatch.setattr(tiles, "free_memory", lambda: need[-1])
+    with pytest.raises(DoesNotFit, match="1000x1000 pixels need"): tiles.plan_tiles(quick, (1000, 1000))
+    with pytest.raises(DoesNotFit, match="take smaller tiles"): tiles.plan_tiles(quick, (1000, 1000), 256)
 
 
 def test_memory_is_about_what_is_said():
     if not os.access("/proc/self/clear_refs", os.W_OK): return
     code = """
 import torch; torch.set_num_threads(1)
-from test_upscale import network, U
+from test_upscale import images, network, tiles
 p, x = network((32, 32, 32)), torch.rand(3, 400, 400)
 def read(k): return next(int(o.split()[1])*1024 for o in open('/proc/self/status') if o.startswith(k))
-U.upscale(x[:, :80, :80], p, tile=64, say=id)
+images.upscale(x[:, :80, :80], p, tile=64, say=id)
 before = read('VmRSS'); open('/proc/self/clear_refs', 'w').write('5')
-U.upscale(x, p, tile=256, say=id)
-plan = U.plan_tiles(p, (400, 400), 256, answer=30)
+images.upscale(x, p, tile=256, say=id)
+plan = tiles.plan_tiles(p, (400, 400), 256, answer=30)
 print((read('VmHWM')-before)/plan.bytes)
 """
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]))
@@ -358,7 +361,7 @@ def test_files_folders_patterns(box, capsys):
 
 
 def test_refused_before_work(box, capsys, monkeypatch):
-    monkeypatch.setattr(U, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(images, "load_model", lambda *a: pytest.fail("a model was loaded"))
     (box/"in").mkdir()
     for n in ("in/a.png", "in/a.jpg", "b.png"): picture().save(n)
     before = files(box)
@@ -406,7 +409,7 @@ def test_a_file_that_appears_meanwhile(box, monkeypatch, capsys):
     picture().save("a.png")
     class Late(Quick):
         def solve(self, *a): Path("out.png").write_bytes(b"mine"); return super().solve(*a)
-    monkeypatch.setattr(U, "load_model", lambda *a: Late())
+    monkeypatch.setattr(images, "load_model", lambda *a: Late())
     assert main(["upscale", "a.png", "-o", "out.png"]) == 1
     assert files(box)["out.png"] == b"mine" and "exists" in capsys.readouterr().err and len(files(box)) == 2
 
@@ -427,7 +430,7 @@ def test_nothing_is_left_by_a_failure(box, monkeypatch, capsys, error, code, whe
         if where == "save": Path(path).write_bytes(b"half"); third()
         return real(self, path, *a, **k)
     monkeypatch.setattr(Image.Image, "save", save)
-    monkeypatch.setattr(U, "load_model", lambda *a: Dies())
+    monkeypatch.setattr(images, "load_model", lambda *a: Dies())
     assert main(["upscale", "0.png", "1.png", "2.png", "-o", "out"]) == code
     assert sorted(files("out")) == ["0.png", "1.png"]
     said = capsys.readouterr().err
@@ -468,7 +471,7 @@ def test_works_without_pyiqa(tmp_path, tiny, clean_env, root):
     picture().save(tmp_path/"a.png")
     code = ("import sys\nclass Block:\n  def find_spec(self, name, *a):\n"
             "    if name.split('.')[0] in ('pyiqa', 'lpips', 'stlpips_pytorch', 'pycvvdp', 'cvvdp', 'matplotlib'): raise ImportError(name)\n"
-            "sys.meta_path.insert(0, Block())\nfrom srnb.upscale import main\nsys.exit(main())")
+            "sys.meta_path.insert(0, Block())\nfrom srnb.command import main\nsys.exit(main())")
     argv = ["upscale", tmp_path/"a.png", "-o", tmp_path/"out", "--model", tiny]
     run = subprocess.run([sys.executable, "-c", code, *argv], env=clean_env, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -507,7 +510,7 @@ def guarded(folder, argv, inputs, capsys): # what holds whatever was given
     assert not [p for p in Path(folder).rglob("*") if p.name.startswith(".part-")]
     assert "--force" in argv or all(p.read_bytes() == b for p, b in before.items())
     for p in Path(folder).rglob("*"):
-        if p.suffix in U.SAVES and p not in before and p.is_file():
+        if p.suffix in images.SAVES and p not in before and p.is_file():
             with Image.open(p) as im: im.load()
     return code, said.err
 
@@ -518,7 +521,7 @@ WHY = "damaged image|not an image of a kind|holds \\d+ pictures|colour mode|16 b
 @settings(max_examples=600, **FUZZ)
 @given(data=st.one_of(damaged(), st.binary(max_size=200)))
 def test_fuzz_of_image_bytes(data, loader, capsys, monkeypatch):
-    monkeypatch.setattr(U, "free_memory", lambda: 10**8) # so that a header that lies about its size costs nothing
+    monkeypatch.setattr(tiles, "free_memory", lambda: 10**8) # so that a header that lies about its size costs nothing
     with TemporaryDirectory() as folder:
         source, target = Path(folder)/"a.img", Path(folder)/"out.png"
         source.write_bytes(data)
@@ -527,8 +530,8 @@ def test_fuzz_of_image_bytes(data, loader, capsys, monkeypatch):
 
 
 @settings(max_examples=100, **FUZZ)
-@given(mode=st.sampled_from(sorted(U.PILLOW_MODES)+["HSV", "YCbCr", "LAB", "I", "F"]), w=st.integers(1, 70), h=st.integers(1, 70),
-       end=st.sampled_from([".png", ".tif", ".webp", ".jpg", ".gif", ".bmp"]), out=st.sampled_from([*U.SAVES, "", ".gif"]),
+@given(mode=st.sampled_from(sorted(images.PILLOW_MODES)+["HSV", "YCbCr", "LAB", "I", "F"]), w=st.integers(1, 70), h=st.integers(1, 70),
+       end=st.sampled_from([".png", ".tif", ".webp", ".jpg", ".gif", ".bmp"]), out=st.sampled_from([*images.SAVES, "", ".gif"]),
        tile=st.sampled_from([None, 64, 66]))
 def test_fuzz_of_modes_and_sizes(mode, w, h, end, out, tile, loader, capsys):
     with TemporaryDirectory() as folder:
@@ -594,7 +597,7 @@ def test_rights_of_files(box):
 def test_an_answer_that_is_no_number(box, monkeypatch, capsys):
     class Nan(Quick):
         def solve(self, lq, noise, steps=None): return torch.full(noise.shape, float("nan"))
-    monkeypatch.setattr(U, "load_model", lambda *a: Nan())
+    monkeypatch.setattr(images, "load_model", lambda *a: Nan())
     picture().save(box/"a.png")
     assert main(["upscale", "a.png", "-o", "b.png"]) == 1 and "not finite" in capsys.readouterr().err and not (box/"b.png").exists()
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from srnb import upscale as U
+from srnb import tiles
 from srnb.backbones import Backbone, BackboneOptions, Cond, LatentCodec, load_backbone, write_tiny, write_tiny_control
+from srnb.command import main
 from srnb.core import bicubic, generator
 from srnb.data import embedded_photos
+from srnb.images import adain_fix, load_model, upscale
 from srnb.paths import SAMPLERS, Flow, sample_ab2, sample_ddim, sample_ddpm
-from srnb.policies import from_pretrained, save_adapter
-from srnb.upscale import adain_fix, main, noise_for, noise_window, solve_blended, solve_tiles, upscale
+from srnb.policies import from_pretrained, save_adapter, text_ids
+from srnb.tiles import noise_for, noise_window, on_latents, solve_blended, solve_tiles
 
 KINDS = ("sd", "sdxl", "flux")
 
@@ -48,7 +50,7 @@ def box(tmp_path, monkeypatch):
 def photo(*size): return bicubic(embedded_photos("held_out")[0].read()[None], size)
 def whole(policy, lq, steps, seed=0, sampler=None, prompt=""): # untiled; sides must fit
     noise, draw = noise_for(policy, lq, seed)
-    cond = policy.encode(lq, U.text_ids([prompt]))
+    cond = policy.encode(lq, text_ids([prompt]))
     return policy.solve(lq, noise, steps, sampler, draw, cond).mul(255).round().byte()
 
 
@@ -97,7 +99,7 @@ def test_one_window_is_the_whole_for_small_policies():
 def test_a_step_by_hand(load, kind): # two windows of 16, 8 shared; every crop written out
     p, lq = load(kind), photo(16, 24)
     noise, _ = noise_for(p, lq, 0)
-    cond = p.encode(lq, U.text_ids(["a cat"]))
+    cond = p.encode(lq, text_ids(["a cat"]))
     k = 4 if kind != "flux" else .5
     assert cond.control.shape[-2:] == (16*k, 24*k)
     sigma = p.path_of(lq[..., :16]).sigma_grid(1)[:1]
@@ -124,7 +126,7 @@ def at_borders(sr, where): # difference of neighbouring columns at windows' bord
 def test_the_blend_is_continuous(load, kind): # random weights: it says no more
     p, lq, got = load(kind), photo(16, 96), {}
     for overlap in (0, 16):
-        t, at = U.layout(p, (16, 96), 40, overlap)[1]
+        t, at = tiles.layout(p, (16, 96), 40, overlap)[1]
         assert len(at) > 2
         got[overlap] = at_borders(solve_blended(p, lq, 0, 40, overlap, 3), sorted({4*o for o in (*at[1:], *(a+t for a in at[:-1]))}))
     print(kind, got)
@@ -183,7 +185,7 @@ def test_nothing_is_squeezed(size, tile):
 def test_odd_sizes(load, kind, size):
     p, lq = load(kind), photo(*size)
     assert solve_blended(p, lq, steps=1).shape == (1, 3, 4*size[0], 4*size[1])
-    assert torch.equal(solve_blended(p, lq, steps=2), whole(p, U.mirror(lq, 4), 2)[..., :4*size[0], :4*size[1]])
+    assert torch.equal(solve_blended(p, lq, steps=2), whole(p, tiles.mirror(lq, 4), 2)[..., :4*size[0], :4*size[1]])
 
 
 def test_noise_levels_of_flux_are_those_of_a_window(load, monkeypatch):
@@ -198,7 +200,7 @@ def test_noise_levels_of_flux_are_those_of_a_window(load, monkeypatch):
 
 def test_defaults(load, monkeypatch):
     assert [load(k).sampler for k in KINDS] == [sample_ddpm, sample_ddpm, sample_ddim]
-    assert from_pretrained("small").sampler is sample_ab2 and not U.on_latents(from_pretrained("small"))
+    assert from_pretrained("small").sampler is sample_ab2 and not on_latents(from_pretrained("small"))
     p, x = load("sd"), photo(8, 12)
     noise, draw = noise_for(p, x, 9)
     want = p.solve(x, noise, 3, sample_ddpm, draw)
@@ -214,24 +216,24 @@ def test_defaults(load, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plan(load, kind, monkeypatch):
     p = load(kind)
-    per_solve, per_decode = U.bytes_per_pixel(p), U.bytes_per_pixel(p, U.run_decoder)
-    for run, per in ((U.run_whole, per_solve), (U.run_decoder, per_decode)):
+    per_solve, per_decode = tiles.bytes_per_pixel(p), tiles.bytes_per_pixel(p, tiles.run_decoder)
+    for run, per in ((tiles.run_whole, per_solve), (tiles.run_decoder, per_decode)):
         x = torch.zeros(1, 3, 80, 80)
         noise = torch.zeros(1, *p.codec.shape(x))
-        with U._Peak() as made: run(p, x, noise)
+        with tiles._Peak() as made: run(p, x, noise)
         assert .8 < made.peak/80**2/per < 1.25
-    monkeypatch.setattr(U, "free_memory", lambda: 10**13)
-    assert [U.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
-    assert U.plan_tiles(p, (1000, 1000)).tile == 128
-    small = U.plan_tiles(p, (1000, 1000)).bytes
+    monkeypatch.setattr(tiles, "free_memory", lambda: 10**13)
+    assert [tiles.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
+    assert tiles.plan_tiles(p, (1000, 1000)).tile == 128
+    small = tiles.plan_tiles(p, (1000, 1000)).bytes
     assert small > per_decode*10**6
     p.codec.vae.enable_tiling()
     try:
-        assert U.bytes_per_pixel(p) == per_solve and U.plan_tiles(p, (1000, 1000)).bytes < .5*small and p.codec.vae.use_tiling
+        assert tiles.bytes_per_pixel(p) == per_solve and tiles.plan_tiles(p, (1000, 1000)).bytes < .5*small and p.codec.vae.use_tiling
         x, said = photo(48, 48), []
         assert upscale(x, p, steps=1, tile=64, say=said.append).shape == (1, 3, 192, 192)
-        U._BYTES.pop(p)
-        assert U.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
+        tiles._BYTES.pop(p)
+        assert tiles.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
     finally: p.codec.vae.disable_tiling()
 
 
@@ -271,7 +273,7 @@ def test_seeds_prompt_and_steps(folders, box, capsys):
 
 def test_adapter(folders, box, tiny):
     for model in (folders["flux"][0], tiny):
-        p = U.load_model(model, "float32")
+        p = load_model(model, "float32")
         p.add_lora(2)
         with torch.no_grad():
             for n, w in p.net.named_parameters():
@@ -280,7 +282,7 @@ def test_adapter(folders, box, tiny):
         base = ["upscale", "a.png", "--model", str(model), "--dtype", "float32", "--steps", "2", "--force"]
         assert main([*base, "-o", "a0.png"]) == 0 and main([*base, "-o", "a1.png", "--adapter", "adapter"]) == 0
         x = torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
-        want = upscale(x, p, steps=2, color_fix="adain" if U.on_latents(p) else None)
+        want = upscale(x, p, steps=2, color_fix="adain" if on_latents(p) else None)
         got = np.asarray(Image.open("a1.png"))/np.float32(255)
         assert np.array_equal(got, want.permute(1, 2, 0).numpy()) and Path("a0.png").read_bytes() != Path("a1.png").read_bytes()
 
@@ -311,7 +313,7 @@ def test_mistakes(folders, box, capsys, monkeypatch):
 
 def test_load_model(folders, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert isinstance(U.load_model(folders["sd"][0], "float32"), Backbone) and not isinstance(U.load_model("small"), Backbone)
-    assert U.load_model(folders["sd"][0], torch.bfloat16).dtype == torch.bfloat16
-    p = U.load_model(folders["sd"][0], "float32", options=replace(BackboneOptions(), guidance=2., tile_vae=True), prompts=["a cat"])
-    assert p.guidance == 2 and p.codec.vae.use_tiling and p.encode(torch.zeros(1, 3, 8, 8), U.text_ids(["a cat"])).text.shape[0] == 1
+    assert isinstance(load_model(folders["sd"][0], "float32"), Backbone) and not isinstance(load_model("small"), Backbone)
+    assert load_model(folders["sd"][0], torch.bfloat16).dtype == torch.bfloat16
+    p = load_model(folders["sd"][0], "float32", options=replace(BackboneOptions(), guidance=2., tile_vae=True), prompts=["a cat"])
+    assert p.guidance == 2 and p.codec.vae.use_tiling and p.encode(torch.zeros(1, 3, 8, 8), text_ids(["a cat"])).text.shape[0] == 1
