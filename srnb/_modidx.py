@@ -672,6 +672,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.tiles._Peak.__init__': ('tiles.html#_peak.__init__', 'srnb/tiles.py'),
                             'srnb.tiles._Peak.__torch_dispatch__': ('tiles.html#_peak.__torch_dispatch__', 'srnb/tiles.py'),
                             'srnb.tiles._Peak.drop': ('tiles.html#_peak.drop', 'srnb/tiles.py'),
+                            'srnb.tiles._check_finite': ('tiles.html#_check_finite', 'srnb/tiles.py'),
                             'srnb.tiles.bytes_per_pixel': ('tiles.html#bytes_per_pixel', 'srnb/tiles.py'),
                             'srnb.tiles.cuts': ('tiles.html#cuts', 'srnb/tiles.py'),
                             'srnb.tiles.free_memory': ('tiles.html#free_memory', 'srnb/tiles.py'),

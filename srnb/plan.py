@@ -183,9 +183,12 @@ class Tally(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = self.now = self.peak = 0
-        self.known, self.seen, self.views = set(), {}, set() # storages; form -> form of the result, FLOPs; operations that return what they got
+        self.known, self.views = set(), set() # storages; operations that return what they got
+        self.seen = {} # form of a call -> form of the result, FLOPs
 
-    def _drop(self, key, size): self.known.discard(key); self.now -= size
+    def _drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         form = None if func in self.views else (func, _form(args), _form(tuple((kwargs or {}).items())))
@@ -196,13 +199,15 @@ class Tally(TorchDispatchMode):
         self.flops += flops
         for o in (out,) if isinstance(out, Tensor) else _leaves(out):
             if (key := (s := o.untyped_storage())._cdata) not in self.known:
-                self.known.add(key); self.now += s.nbytes()
+                self.known.add(key)
+                self.now += s.nbytes()
                 finalize(s, self._drop, key, s.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
     def _call(self, form, func, args, kwargs):
-        self.known.update(o.untyped_storage()._cdata for o in _leaves((args, tuple(kwargs.values())))) # not made inside: not counted
+        given = _leaves((args, tuple(kwargs.values())))
+        self.known.update(o.untyped_storage()._cdata for o in given) # not made inside: not counted
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else count(*args, **kwargs, out_val=out)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import generator, seed_of
+from .core import generator, seed_of, to_bytes
 from .plan import DoesNotFit
 from .policies import in_eval, text_ids
 
@@ -50,11 +50,13 @@ def noise_for(
     seed:int,   # of the whole image's field
     top:int=0,  # where the part lies, pixels of lq; multiples of the network's stride
     left:int=0,
-)->tuple[Tensor, Callable]: # noise (1,*codec.shape(lq)) to start from; x -> noise like x, for an ancestral sampler's steps
+)->tuple[Tensor, Callable]: # noise (1,*codec.shape(lq)) to start from; x -> noise like x, for an ancestral sampler
     "The part of the field of noise that belongs to a part of an image"
     (channels, *size), down = policy.codec.shape(lq), getattr(policy.codec, "down", 1)
     at, step = [policy.codec.factor*o//down for o in (top, left)], count(1)
-    def draw(x): return noise_window(seed_of("step", int(seed), next(step)), *at, *size, channels=channels).to(x)
+    def draw(x):
+        again = seed_of("step", int(seed), next(step))
+        return noise_window(again, *at, *size, channels=channels).to(x)
     return noise_window(seed, *at, *size, channels=channels), draw
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-015
@@ -79,7 +81,8 @@ def cuts(
     "Cover a side by as few and then as small overlapping tiles as can be"
     tile, overlap = (-(-n//multiple)*multiple for n in (tile, overlap))
     if size <= tile: return size, [0]
-    if overlap < 0 or tile < max(2*overlap, 1): raise ValueError(f"tile must be at least {2*overlap} pixels, twice the overlap, got {tile}")
+    if overlap < 0 or tile < max(2*overlap, 1):
+        raise ValueError(f"tile must be at least {2*overlap} pixels, twice the overlap, got {tile}")
     n = -(-(size-overlap)//(tile-overlap))
     tile = -(-(size+(n-1)*overlap)//(n*multiple))*multiple
     return tile, [i*(size-tile)//((n-1)*multiple)*multiple for i in range(n)]
@@ -109,6 +112,10 @@ def ramps(
     return out
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-023
+def _check_finite(answer:Tensor)->None:
+    if not answer.isfinite().all():
+        raise ValueError("the network's answer is not finite; try float32 arithmetic or other weights")
+
 @torch.no_grad()
 def solve_tiles(
     policy,                  # anything with solve(lq, noise, steps), codec and stride
@@ -134,13 +141,13 @@ def solve_tiles(
             more = {} if sampler is None else dict(sampler=sampler, draw=draw)
             if prompt: more["cond"] = policy.encode(part, text_ids([prompt]))
             sr = policy.solve(part, noise, steps, **more).cpu()
-            if not sr.isfinite().all(): raise ValueError("the network's answer is not finite; try float32 arithmetic or other weights")
+            _check_finite(sr)
             band[..., f*left:f*(left+tw)] += sr*cols[j]
             tick(i*len(lefts)+j+1, len(tops)*len(lefts))
         band *= rows[i][:, None]
         band[..., :carry.shape[-2], :] += carry
         done = f*(tops[i+1]-top if i+1 < len(tops) else th)
-        out[..., f*top:f*top+done, :] = band[..., :done, :].mul(255).round().clamp(0, 255).byte()
+        out[..., f*top:f*top+done, :] = to_bytes(band[..., :done, :].clamp(0, 1))
         carry = band[..., done:, :].clone()
     return out[..., :f*h, :f*w]
 
@@ -169,19 +176,24 @@ def solve_blended(
     sampler:Callable|None=None, # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     prompt:str="",           # for a backbone
 )->Tensor:                   # (1,3,4h,4w) uint8 on the CPU
-    """Upscale one image with one state whose prediction is blended from windows in every step [Jiménez 2023; Bar-Tal+ 2023].
-    The network's memory is a window's. State and condition are whole, and so is the decoding, of a VAE too unless `vae.enable_tiling()` was called."""
+    """Upscale with one state whose prediction is blended from windows in every step [Jiménez 2023; Bar-Tal+ 2023].
+    The network's memory is a window's. State and condition are whole, and so is the decoding, of a VAE too unless
+    `vae.enable_tiling()` was called."""
     f, down, (h, w) = policy.codec.factor, getattr(policy.codec, "down", 1), lq.shape[-2:]
-    lq, ((th, tops), (tw, lefts)) = mirror(lq, policy.stride//f).to(policy.device), layout(policy, (h, w), tile, overlap)
-    size, done = lq.shape[-2:], count(1)
-    rows, cols = ([(slice(o, o+t), r.to(lq)) for o, r in zip(at, ramps(f*t//down, [f*o//down for o in at], f*(3*overlap//8)//down), strict=True)]
-                  for t, at in ((th, tops), (tw, lefts)))
+    (th, tops), (tw, lefts) = layout(policy, (h, w), tile, overlap)
+    lq = mirror(lq, policy.stride//f).to(policy.device)
+    def windows(side, starts): # (slice of lq, its weights) along an axis
+        weights = ramps(f*side//down, [f*o//down for o in starts], f*(3*overlap//8)//down)
+        return [(slice(o, o+side), r.to(lq)) for o, r in zip(starts, weights, strict=True)]
+    rows, cols, size, done = windows(th, tops), windows(tw, lefts), lq.shape[-2:], count(1)
     noise, draw = noise_for(policy, lq, seed)
-    path, sight = policy.path_of(lq), policy.path_of(lq[..., :th, :tw]) # a window is what the network sees: its size chooses FLUX's noise levels
+    path, sight = policy.path_of(lq), policy.path_of(lq[..., :th, :tw]) # the size of what is seen sets FLUX's levels
     sigmas = sight.sigma_grid(path.steps if steps is None else steps).to(lq)
     with in_eval(policy.net):
         cond = policy.encode(lq, text_ids([prompt]))
-        def seen(i, j): return replace(cond, control=view(cond.control, size, i, j)) if hasattr(cond, "control") else view(cond, size, i, j)
+        def seen(i, j): # the condition of a window
+            if not hasattr(cond, "control"): return view(cond, size, i, j)
+            return replace(cond, control=view(cond.control, size, i, j))
         def predict(x, sigma):
             out = torch.zeros_like(x)
             for (i, a), (j, b) in product(rows, cols):
@@ -189,19 +201,25 @@ def solve_blended(
                 tick(next(done), (len(sigmas)-1)*len(rows)*len(cols))
             return out
         z = (sampler or policy.sampler)(predict, path.start(noise.to(lq)), sigmas, path, draw)
-    if not z.isfinite().all(): raise ValueError("the network's answer is not finite; try float32 arithmetic or other weights")
-    return policy.codec.decode(z, lq).mul(255).round().clamp(0, 255).byte().cpu()[..., :f*h, :f*w]
+    _check_finite(z)
+    return to_bytes(policy.codec.decode(z, lq).clamp(0, 1)).cpu()[..., :f*h, :f*w]
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-051
 class _Peak(TorchDispatchMode):
     "Counts the bytes of all tensors alive that were made inside"
-    def __init__(self): super().__init__(); self.now = self.peak = 0; self.alive = set()
-    def drop(self, key, size): self.alive.discard(key); self.now -= size
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+    def drop(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for o in tree_leaves(out):
             if isinstance(o, Tensor) and (key := (s := o.untyped_storage())._cdata) not in self.alive:
-                self.alive.add(key); self.now += s.nbytes()
+                self.alive.add(key)
+                self.now += s.nbytes()
                 finalize(s, self.drop, key, s.nbytes())
         self.peak = max(self.peak, self.now)
         return out
@@ -218,7 +236,8 @@ def bytes_per_pixel(
     "How fast the memory of a run grows with its input; a VAE is not tiled meanwhile"
     known, vae = _BYTES.setdefault(policy, {}), getattr(policy.codec, "vae", None)
     if run not in known:
-        n, peaks, tiled = mirror(torch.zeros(1, 1, 32, 1), policy.stride//policy.codec.factor).shape[-2], [], getattr(vae, "use_tiling", False)
+        grid, peaks, tiled = policy.stride//policy.codec.factor, [], getattr(vae, "use_tiling", False)
+        n = -(-32//grid)*grid
         if tiled: vae.disable_tiling()
         try:
             for side in (n, 2*n):
@@ -235,11 +254,12 @@ def bytes_per_pixel(
 def free_memory()->int: # bytes
     "Memory that can be had: of the machine, or of the container if that is less"
     free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with suppress(OSError, ValueError): # no such file, or it says "max"
             limit, used = (Path("/sys/fs/cgroup")/o for o in (limit, used))
             stat = dict(line.split() for line in (used.parent/"memory.stat").read_text().splitlines())
-            cache = sum(int(stat.get(o, 0)) for o in ("active_file", "inactive_file")) # of files; the kernel gives it back
+            cache = sum(int(stat.get(o, 0)) for o in ("active_file", "inactive_file")) # the kernel gives it back
             free = min(free, int(limit.read_text())-int(used.read_text())+cache)
     return max(free, 0)
 
@@ -263,23 +283,26 @@ def plan_tiles(
     size:Sequence[int],     # (h, w) of lq
     tile:int|None=None,     # None: chosen here
     overlap:int=32,         # pixels of lq
-    answer:int=6,           # bytes for a pixel of the result: 8-bit tensor and its copy; more for float, alpha, colour fixes
+    answer:int=6, # bytes for a pixel of the result: 8-bit tensor and its copy; more for float, alpha, colour fixes
 )->Plan:
     "Choose tiles that fit into memory; DoesNotFit if none does"
     f, free, (h, w), latent = policy.codec.factor, free_on(getattr(policy, "device", None)), size, on_latents(policy)
     def need(tile):
         (th, tops), (tw, lefts) = layout(policy, size, tile, overlap)
-        band, run = 2*12*f*f*th*w if len(tops)*len(lefts) > 1 else 12*f*f*h*w, bytes_per_pixel(policy)*th*tw
+        n, run = len(tops)*len(lefts), bytes_per_pixel(policy)*th*tw
+        band = 2*12*f*f*th*w if n > 1 else 12*f*f*h*w
         if latent: # decoded whole, or in the VAE's own tiles, of which all that is decoded is held twice
             vae = policy.codec.vae
             most = (vae.tile_sample_min_size/f)**2 if vae.use_tiling else h*w
-            band, run = 12*f*f*h*w*(3 if vae.use_tiling else 1), max(run, bytes_per_pixel(policy, run_decoder)*min(most, h*w))
-        return Plan(tile, len(tops)*len(lefts), int(24*h*w + answer*f*f*h*w + band + 1.6*run), free)
-    whole, usual = (128, (128, 64)) if latent else (384, (256, 128, 64)) # 128: DP2O-SR's two backbones were trained on 512 pixels
+            run = max(run, bytes_per_pixel(policy, run_decoder)*min(most, h*w))
+            band = 12*f*f*h*w*(3 if vae.use_tiling else 1)
+        return Plan(tile, n, int(24*h*w + answer*f*f*h*w + band + 1.6*run), free)
+    whole, usual = (128, (128, 64)) if latent else (384, (256, 128, 64)) # 128: DP2O-SR's backbones saw 512 pixels
     if tile is not None: wishes = [tile]
     else: wishes = [*([max(h, w)] if h*w <= whole**2 else []), *usual]
     plans = [need(t) for t in wishes]
     for p in plans:
         if p.bytes < .9*free: return p
-    raise DoesNotFit(f"{w}x{h} pixels need {plans[-1].bytes/1e9:.2f} GB in tiles of {plans[-1].tile}, and {free/1e9:.2f} GB are free; "
-                     f"{'take smaller tiles or ' if tile else ''}cut the image")
+    last, advice = plans[-1], "take smaller tiles or " if tile else ""
+    raise DoesNotFit(f"{w}x{h} pixels need {last.bytes/1e9:.2f} GB in tiles of {last.tile}, and {free/1e9:.2f} GB are "
+                     f"free; {advice}cut the image")
