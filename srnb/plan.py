@@ -183,39 +183,38 @@ class Tally(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = self.now = self.peak = 0
-        self.known, self.views = set(), set() # storages; operations that return what they got
+        self.alive, self.views = set(), set() # storages made inside; operations that return what they got
         self.seen = {} # form of a call -> form of the result, FLOPs
 
     def _drop(self, key, size):
-        self.known.discard(key)
+        self.alive.discard(key)
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         form = None if func in self.views else (func, _form(args), _form(tuple((kwargs or {}).items())))
         if form in self.seen: # blocks repeat: on the meta device the same forms are worked out once
-            made, flops = self.seen[form]
+            (made, flops), given = self.seen[form], ()
             out = _anew(made)
-        else: out, flops = self._call(form, func, args, kwargs or {})
+        else: out, flops, given = self._call(form, func, args, kwargs or {})
         self.flops += flops
         for o in (out,) if isinstance(out, Tensor) else _leaves(out):
-            if (key := (s := o.untyped_storage())._cdata) not in self.known:
-                self.known.add(key)
+            if (key := (s := o.untyped_storage())._cdata) not in self.alive and key not in given:
+                self.alive.add(key)
                 self.now += s.nbytes()
                 finalize(s, self._drop, key, s.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def _call(self, form, func, args, kwargs):
-        given = _leaves((args, tuple(kwargs.values())))
-        self.known.update(o.untyped_storage()._cdata for o in given) # not made inside: not counted
+    def _call(self, form, func, args, kwargs): # result, FLOPs, storages that came in: a view of them is not made inside
+        given = {o.untyped_storage()._cdata for o in _leaves((args, tuple(kwargs.values())))}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else count(*args, **kwargs, out_val=out)
         made = list(_leaves(out))
-        if any(o.untyped_storage()._cdata in self.known for o in made): self.views.add(func)
+        if any(o.untyped_storage()._cdata in given for o in made): self.views.add(func)
         elif form and made and all(o.is_meta for o in made):
             self.seen[form] = _form(out) if isinstance(out, Tensor) else [_form(o) for o in out], flops
-        return out, flops
+        return out, flops, given
 
 class Cost(NamedTuple):
     "What a forward, or a forward with its backward, takes"
@@ -330,7 +329,7 @@ def cost(
 GB = 10**9
 
 class DoesNotFit(MemoryError):
-    "A backbone needs more memory than the card has"
+    "More memory is needed than there is; the text says how much, and what to change"
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_window', 'noise_for', 'mirror', 'cuts', 'layout', 'ramps', 'solve_tiles', 'on_latents', 'view', 'solve_blended',
-           'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory', 'free_on', 'Plan', 'plan_tiles']
+           'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory', 'free_on', 'Tiling', 'plan_tiles']
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-003
 from collections.abc import Callable, Sequence
@@ -12,16 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, product
 from pathlib import Path
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .core import generator, seed_of, to_bytes
-from .plan import DoesNotFit
+from .degrade import mirrored
+from .plan import DoesNotFit, Tally
 from .policies import in_eval, text_ids
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-008
@@ -67,8 +66,8 @@ def mirror(
     "Extend images below and on the right by reflection, as often as it takes"
     for axis in (-2, -1):
         n = images.shape[axis]
-        i = torch.arange(-(-n//multiple)*multiple, device=images.device) % max(2*n-2, 1)
-        images = images.index_select(axis, torch.where(i < n, i, 2*n-2-i))
+        more = -n%multiple
+        images = images.index_select(axis, mirrored(n, more)[more:].to(images.device))
     return images
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-018
@@ -205,25 +204,6 @@ def solve_blended(
     return to_bytes(policy.codec.decode(z, lq).clamp(0, 1)).cpu()[..., :f*h, :f*w]
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-051
-class _Peak(TorchDispatchMode):
-    "Counts the bytes of all tensors alive that were made inside"
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive = set()
-    def drop(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for o in tree_leaves(out):
-            if isinstance(o, Tensor) and (key := (s := o.untyped_storage())._cdata) not in self.alive:
-                self.alive.add(key)
-                self.now += s.nbytes()
-                finalize(s, self.drop, key, s.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
 _BYTES = WeakKeyDictionary() # policy -> run -> bytes, so that a folder of images counts once
 
 def run_whole(policy, lq:Tensor, noise:Tensor)->None: policy.solve(lq, noise, 1) # the network, and what is around it
@@ -243,7 +223,7 @@ def bytes_per_pixel(
             for side in (n, 2*n):
                 lq = torch.zeros(1, 3, side, side)
                 noise = torch.zeros(1, *policy.codec.shape(lq))
-                with _Peak() as made: run(policy, lq, noise)
+                with Tally() as made: run(policy, lq, noise)
                 peaks.append(made.peak)
         finally:
             if tiled: vae.enable_tiling()
@@ -271,7 +251,7 @@ def free_on(
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     "What an image will take"
     tile:int      # largest side of a tile, pixels of lq
     tiles:int     # how many
@@ -284,7 +264,7 @@ def plan_tiles(
     tile:int|None=None,     # None: chosen here
     overlap:int=32,         # pixels of lq
     answer:int=6, # bytes for a pixel of the result: 8-bit tensor and its copy; more for float, alpha, colour fixes
-)->Plan:
+)->Tiling:
     "Choose tiles that fit into memory; DoesNotFit if none does"
     f, free, (h, w), latent = policy.codec.factor, free_on(getattr(policy, "device", None)), size, on_latents(policy)
     def need(tile):
@@ -296,7 +276,7 @@ def plan_tiles(
             most = (vae.tile_sample_min_size/f)**2 if vae.use_tiling else h*w
             run = max(run, bytes_per_pixel(policy, run_decoder)*min(most, h*w))
             band = 12*f*f*h*w*(3 if vae.use_tiling else 1)
-        return Plan(tile, n, int(24*h*w + answer*f*f*h*w + band + 1.6*run), free)
+        return Tiling(tile, n, int(24*h*w + answer*f*f*h*w + band + 1.6*run), free)
     whole, usual = (128, (128, 64)) if latent else (384, (256, 128, 64)) # 128: DP2O-SR's backbones saw 512 pixels
     if tile is not None: wishes = [tile]
     else: wishes = [*([max(h, w)] if h*w <= whole**2 else []), *usual]

@@ -16,6 +16,7 @@ from srnb.core import bicubic, generator
 from srnb.data import embedded_photos
 from srnb.images import adain_fix, load_model, upscale
 from srnb.paths import SAMPLERS, Flow, sample_ab2, sample_ddim, sample_ddpm
+from srnb.plan import Tally
 from srnb.policies import from_pretrained, save_adapter, text_ids
 from srnb.tiles import noise_for, noise_window, on_latents, solve_blended, solve_tiles
 
@@ -233,7 +234,7 @@ def test_plan(load, kind, monkeypatch):
     for run, per in ((tiles.run_whole, per_solve), (tiles.run_decoder, per_decode)):
         x = torch.zeros(1, 3, 80, 80)
         noise = torch.zeros(1, *p.codec.shape(x))
-        with tiles._Peak() as made: run(p, x, noise)
+        with Tally() as made: run(p, x, noise)
         assert .8 < made.peak/80**2/per < 1.25
     monkeypatch.setattr(tiles, "free_memory", lambda: 10**13)
     assert [tiles.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
