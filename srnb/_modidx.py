@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'srnb.images.wavelet_fix': ('images.html#wavelet_fix', 'srnb/images.py')},
             'srnb.look': { 'srnb.look._crossed': ('look.html#_crossed', 'srnb/look.py'),
                            'srnb.look._line': ('look.html#_line', 'srnb/look.py'),
+                           'srnb.look._part': ('look.html#_part', 'srnb/look.py'),
                            'srnb.look._ranks': ('look.html#_ranks', 'srnb/look.py'),
                            'srnb.look._write_study': ('look.html#_write_study', 'srnb/look.py'),
                            'srnb.look.check_answers': ('look.html#check_answers', 'srnb/look.py'),

@@ -1,4 +1,5 @@
 "Beside the notebook of `srnb.look`: well-formed pages, what they must not name, every bad input, reading back"
+import hashlib
 import json
 import re
 from base64 import b64decode
@@ -89,6 +90,22 @@ def test_slider_fits_its_limit_or_refuses():
     (dict(after=picture(0).double()), TypeError, "float32")])
 def test_slider_refuses(change, error, message):
     with pytest.raises(error, match=message): lk.slider(**dict(before=picture(0), after=picture(1), alt="x") | change)
+
+
+# ---- files of the package
+
+def digest(text): return hashlib.sha256(text.encode()).hexdigest()
+
+def test_text_style_and_script_are_what_they_were(outputs, tmp_path):
+    "Digests of what surrounds pictures and study, taken when all of it stood inside the module"
+    text = lk.slider(picture(0), picture(1), "A < B", ("be'fore", "<after>"), "by <me>")
+    (name,) = ids(parsed(text))
+    text = re.sub(r'data:image[^"]*', "data:", text.replace(name, "ID"))
+    assert digest(text) == "d532330c834a57117b1c16e93e62865d4c893957710f49a0bca6e3aa31a28513"
+    page = lk.write_ranking(outputs, tmp_path/"s.html")[0].read_text()
+    study = r'(<script type="application/json" id="study">).*?(</script>)'
+    page = re.sub(study, r"\1\2", page, flags=re.S)
+    assert digest(page) == "835f9552333e576ac282f2b6f91ccc3347ba66d3068cdf8eb2a7f09dab9b8f30"
 
 
 # ---- ranking page
