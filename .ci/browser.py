@@ -165,7 +165,7 @@ def main()->int:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         watch(page, address, bad)
         bad += check_pages(page, address, site) + check_search(page, address) + check_scheme(page, address)
-        for name in ("51_look", "60_upscale", "compare_upscalers", "table_methods"): bad += check_slider(page, address, name)
+        for name in ("51_look", "61_images", "compare_upscalers", "table_methods"): bad += check_slider(page, address, name)
         bad += check_ranking(browser.new_page(viewport={"width": 1400, "height": 900}), Path(tmp))
         browser.close()
     for o in bad: print(o)

@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from html import escape
+from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from string import Template
@@ -21,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .core import replace_file, check_images, generator, read_image, seed_of, to_pil, write_json
+from .core import check_images, generator, read_image, replace_file, seed_of, to_pil, write_json
 from .data import _by_name, find_images
 
 # %% ../nbs/51_look.ipynb #51-look-007
@@ -35,42 +36,7 @@ def data_uri(
     return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"
 
 # %% ../nbs/51_look.ipynb #51-look-011
-_SLIDER = Template("""<figure class="srnb-slider" id="$id" style="max-width:${width}px">
-<style>
-#$id { margin: 1em 0; }
-#$id .frame { display: flex; gap: 4px; position: relative; overflow: hidden; direction: ltr; }
-#$id .pane { position: relative; flex: 1 1 0; }
-#$id img { display: block; width: 100%; max-width: none; height: auto; margin: 0; }
-#$id .pane span { position: absolute; top: 6px; left: 6px; padding: 1px 6px; border-radius: 3px;
- font: 12px/1.5 sans-serif; color: #fff; background: rgba(0,0,0,.65); }
-#$id .bar, #$id input { display: none; }
-#$id figcaption { font-size: .85em; margin-top: 4px; }
-@media screen {
-#$id.live .frame { display: block; }
-#$id.live .after { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--cut, 50%)); }
-#$id.live .after span { left: auto; right: 6px; }
-#$id.live .bar { display: block; position: absolute; top: 0; bottom: 0; left: calc(var(--cut, 50%) - 1px); width: 2px;
- background: #fff; box-shadow: 0 0 3px #000; pointer-events: none; }
-#$id.live input { display: block; position: absolute; top: 0; left: -24px; width: calc(100% + 48px); max-width: none;
- height: 100%; margin: 0; padding: 0; opacity: 0; cursor: ew-resize; touch-action: pan-y;
- -webkit-appearance: none; appearance: none; }
-#$id input::-webkit-slider-thumb { -webkit-appearance: none; width: 48px; height: 2000px; }
-#$id input::-moz-range-thumb { width: 48px; height: 2000px; border: 0; }
-#$id.live .frame:focus-within { outline: 3px solid #4a90d9; }
-}
-</style>
-<div class="frame">
-<div class="pane before"><img src="$before" alt="$left: $alt"><span>$left</span></div>
-<div class="pane after"><img src="$after" alt="$right: $alt"><span>$right</span></div>
-<div class="bar"></div>
-<input type="range" min="0" max="100" value="50"
- aria-label="Share of the picture that shows $left, the rest shows $right"
- oninput="this.closest('figure').style.setProperty('--cut', this.value + '%')">
-</div>
-<figcaption>$credit</figcaption>
-<script>document.querySelectorAll("#$id").forEach(o => o.classList.add("live"))</script>
-</figure>""")
-
+def _part(name:str)->str: return (resources.files("srnb")/"pages"/name).read_text(encoding="utf-8") # of a page
 def _line(text:str)->str: return escape(" ".join(text.split())) # one line, safe inside a page
 
 def slider(
@@ -91,212 +57,14 @@ def slider(
         raise ValueError("need two labels and an alt text")
     words = dict(left=_line(labels[0]), right=_line(labels[1]), alt=_line(alt), credit=_line(credit),
                  width=int(width or before.shape[2]))
+    template = Template(_part("slider.html").rstrip())
     for quality in (95, 92, 88, 84, 80, 75, 70, 60):
         fields = dict(before=data_uri(before, quality), after=data_uri(after, quality)) | words
         digest = blake2b(json.dumps(fields).encode(), digest_size=6).hexdigest()
-        html = _SLIDER.substitute(fields, id=f"srnb-slider-{digest}")
+        html = template.substitute(fields, id=f"srnb-slider-{digest}")
         if len(html.encode()) <= limit: return html
     raise ValueError(f"the slider has {len(html.encode())/1000:.0f} kB at JPEG quality {quality}, "
                      f"limit {limit/1000:.0f} kB; crop the pictures or raise the limit")
-
-# %% ../nbs/51_look.ipynb #51-look-016
-#| code-fold: true
-#| code-summary: "The style and text of the ranking page"
-_STYLE = """
-:root { color-scheme: dark; }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { margin: 0; height: 100vh; height: 100dvh; background: #2b2b2b; color: #ddd;
-  font: 16px/1.4 system-ui, sans-serif; }
-main { height: 100%; padding: 8px; }
-#start, #end { max-width: 40em; margin: 0 auto; padding-top: 8vh; }
-#rank { height: 100%; display: grid; grid-template-rows: auto minmax(0, 1fr) auto; gap: 6px; }
-header, footer { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; justify-content: center; }
-header p { margin: 0; }
-button, input, textarea { font: inherit; color: #ddd; background: #3c3c3c; border: 1px solid #666; border-radius: 4px;
-  padding: 4px 12px; }
-button:disabled { color: #777; }
-a { color: #9cf; }
-:focus-visible { outline: 3px solid #6af; outline-offset: 1px; }
-textarea { width: 100%; height: 12em; font: 12px monospace; }
-#pictures { display: grid; gap: 6px; min-height: 0; }
-#pictures figure { margin: 0; min-height: 0; min-width: 0; display: grid; grid-template-rows: minmax(0, 1fr) auto;
-  text-align: center; }
-.pick, .given { position: relative; min-height: 0; padding: 2px; border: 2px solid #2b2b2b; border-radius: 4px;
-  background: none; cursor: pointer; }
-.given { cursor: default; }
-.pick[aria-pressed=true] { border-color: #ddd; }
-.pick img, .given img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.given img { image-rendering: pixelated; }
-.badge { position: absolute; top: 6px; left: 6px; min-width: 1.8em; border-radius: 1em; font-weight: bold;
-  color: #000; background: #eee; }
-.badge:empty { display: none; }
-.enlarge { padding: 0 8px; border: 0; background: none; font-size: 14px; }
-#full { padding: 4px; max-width: 100vw; max-height: 100vh; background: #2b2b2b; color: #ddd; border: 0; }
-#full::backdrop { background: #2b2b2b; }
-#full p { position: sticky; left: 0; bottom: 0; margin: 0; background: #2b2b2b; }
-"""
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Put the pictures in order</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-<noscript><p>This page needs JavaScript.</p></noscript>
-<form id="start" hidden>
-<h1>Put the pictures in order</h1>
-<p class="question"></p>
-<p>Click the pictures from best to worst, or press their letters, until all places (<span id="places"></span> for each
-image) are given. Clicking again takes a place back; Backspace takes back the last one. The arrow keys lead to the next
-image and back. Your answers stay in this browser until you hand them in.</p>
-<p><label>Your name or code: <input id="participant" required maxlength="60" autocomplete="off"></label>
-<button id="begin">Begin</button></p>
-</form>
-<section id="rank" hidden>
-<header><p id="progress"></p><progress id="bar" aria-labelledby="progress"></progress><p class="question"></p></header>
-<div id="pictures"></div>
-<footer><button id="back">Back</button><button id="undo">Undo</button><span id="said" aria-live="polite"></span>
-<button id="next">Next</button></footer>
-</section>
-<section id="end" hidden>
-<h1>Thank you</h1>
-<p>Hand in this file: <a id="download" href="data:,">download the answers</a>. If that fails, copy the text.</p>
-<p><label for="answers">Your answers</label><textarea id="answers" readonly></textarea></p>
-<p><button id="revise">Back to the images</button> <button id="restart">Next participant</button></p>
-</section>
-<p id="warning" role="alert" hidden>This browser keeps nothing: do not reload the page before the end.</p>
-<dialog id="full" aria-label="Picture at full size"><img alt=""><p></p></dialog>
-</main>
-<script type="application/json" id="study">$study</script>
-<script>$script</script>
-</body>
-</html>
-""")
-
-# %% ../nbs/51_look.ipynb #51-look-017
-#| code-fold: true
-#| code-summary: "The script of the ranking page"
-_SCRIPT = """
-"use strict"
-const study = JSON.parse(document.getElementById("study").textContent), box = "srnb-ranking-" + study.study
-const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", count = study.images.length
-const at = id => document.getElementById(id)
-const fresh = () => ({participant: "", at: 0, answers: {}})
-let state = fresh(), shown = 0 // shown: which picture is at full size
-try { state = JSON.parse(localStorage.getItem(box)) || state } catch {}
-function keep() { try { localStorage.setItem(box, JSON.stringify(state)) } catch { at("warning").hidden = false } }
-const order = () => state.answers[state.at + 1] || [] // letters, best first
-const full = () => order().length === study.places
-
-function make(tag, attributes, ...children) {
-  const e = document.createElement(tag)
-  for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v)
-  e.append(...children)
-  return e
-}
-function candidate(uri, i) { // a picture that can be given a place
-  const letter = letters[i], name = "Picture " + letter
-  const pick = make("button", {class: "pick"}, make("img", {src: uri, alt: name}), make("span", {class: "badge"}))
-  const enlarge = make("button", {class: "enlarge", "aria-label": name + " at full size"}, letter + " \\u2922")
-  pick.onclick = () => toggle(letter)
-  enlarge.onclick = () => look(i)
-  return make("figure", {"data-letter": letter}, pick, enlarge)
-}
-function build() { // the screen of one image
-  const image = study.images[state.at], cells = image.pictures.map(candidate)
-  if (image.reference) cells.unshift(make("figure", {"data-reference": ""},
-    make("div", {class: "given"}, make("img", {src: image.reference, alt: "Input"})),
-    make("figcaption", {class: "enlarge"}, "input")))
-  at("pictures").replaceChildren(...cells)
-  at("progress").textContent = "Image " + (state.at + 1) + " of " + count
-  at("bar").max = count
-  arrange(); ranks()
-  at("pictures").querySelector(".pick").focus({preventScroll: true})
-}
-function arrange() { // as many columns as make the pictures largest
-  const grid = at("pictures"), n = grid.childElementCount, picture = grid.querySelector(".pick img")
-  if (!n) return
-  const size = c => Math.min(grid.clientWidth / c / picture.naturalWidth,
-    (grid.clientHeight / Math.ceil(n / c) - 24) / picture.naturalHeight)
-  const best = Array.from({length: n}, (_, i) => i + 1).reduce((a, b) => size(b) > size(a) ? b : a)
-  grid.style.grid = "repeat(" + Math.ceil(n / best) + ", minmax(0, 1fr)) / repeat(" + best + ", minmax(0, 1fr))"
-  if (!picture.complete) picture.onload = arrange
-}
-function ranks() { // what changes at a click
-  for (const figure of document.querySelectorAll("figure[data-letter]")) {
-    const letter = figure.dataset.letter, place = order().indexOf(letter) + 1, pick = figure.querySelector(".pick")
-    figure.querySelector(".badge").textContent = place || ""
-    pick.setAttribute("aria-pressed", place > 0)
-    pick.setAttribute("aria-label", "Picture " + letter + (place ? ", place " + place : ", no place"))
-  }
-  at("said").textContent = order().length + " of " + study.places + " places given"
-  at("bar").value = state.at + full()
-  at("back").disabled = !state.at
-  at("undo").disabled = !order().length
-  at("next").disabled = !full()
-  at("next").textContent = state.at + 1 < count ? "Next" : "Finish"
-}
-function place(list) { state.answers[state.at + 1] = list; keep(); ranks() }
-function toggle(letter) {
-  if (order().includes(letter)) place(order().filter(o => o !== letter))
-  else if (!full()) place([...order(), letter])
-}
-function go(to) { state.at = Math.max(0, Math.min(count, to)); keep(); show() }
-function look(i) {
-  const pictures = study.images[state.at].pictures
-  shown = (i + pictures.length) % pictures.length
-  at("full").querySelector("img").src = pictures[shown]
-  at("full").querySelector("p").textContent = letters[shown] + ": left and right arrows for the others, Esc to close"
-  if (!at("full").open) at("full").showModal()
-}
-function hand() { // the answers, in the form that read_answers reads
-  const text = JSON.stringify({study: study.study, participant: state.participant, answers: state.answers}, null, 1)
-  at("answers").value = text
-  at("download").href = URL.createObjectURL(new Blob([text], {type: "application/json"}))
-  at("download").download = "answers-" + state.participant.replace(/[^\\w-]+/g, "_") + ".json"
-}
-function show() {
-  const page = !state.participant ? "start" : state.at < count ? "rank" : "end"
-  for (const id of ["start", "rank", "end"]) at(id).hidden = id !== page
-  if (page === "rank") build()
-  if (page === "end") hand()
-}
-for (const o of document.querySelectorAll(".question")) o.textContent = study.question
-at("places").textContent = study.places
-at("start").onsubmit = e => {
-  e.preventDefault()
-  state.participant = at("participant").value.trim()
-  keep(); show()
-}
-at("undo").onclick = () => place(order().slice(0, -1))
-at("back").onclick = () => go(state.at - 1)
-at("next").onclick = () => { if (full()) { go(state.at + 1); if (state.at === count) at("download").click() } }
-at("revise").onclick = () => go(count - 1)
-at("restart").onclick = () => {
-  if (!confirm("Are the answers saved? They will be deleted here.")) return
-  state = fresh()
-  at("participant").value = ""
-  keep(); show()
-}
-at("full").onclick = () => at("full").close()
-addEventListener("resize", arrange)
-addEventListener("keydown", e => {
-  if (at("rank").hidden || e.ctrlKey || e.metaKey || e.altKey) return
-  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key], i = e.key.length === 1 ? letters.indexOf(e.key.toUpperCase()) : -1
-  if (at("full").open) { if (step) look(shown + step) }
-  else if (step > 0) at("next").click()
-  else if (step < 0) at("back").click()
-  else if (e.key === "Backspace") at("undo").click()
-  else if (i >= 0 && i < study.images[state.at].pictures.length) toggle(letters[i])
-})
-show()
-"""
 
 # %% ../nbs/51_look.ipynb #51-look-019
 def shared_images(
@@ -367,7 +135,8 @@ def _write_study(out:Path, content:dict, key:dict)->tuple[Path, Path]: # the key
                          "give another name")
     write_json(there, key)
     text = json.dumps(content, sort_keys=True).replace("<", "\\u003c") # no end of the script inside it
-    page = _PAGE.substitute(style=_STYLE, script=_SCRIPT, study=text)
+    parts = dict(style=_part("ranking.css"), script=_part("ranking.js"), study=text)
+    page = Template(_part("ranking.html")).substitute(parts)
     replace_file(out, lambda tmp: Path(tmp).write_text(page, encoding="utf-8"))
     return out, there
 

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_L', 'OPEN_CLIP_H', 'OPEN_CLIP_BIGG', 'T5_XXL', 'SD15', 'SD2', 'SDXL', 'FLUX', 'FLUX_TOKENS', 'GB', 'Network',
-           'parameters', 'Architecture', 'unet_branch', 'flux_branch', 'run_unet', 'run_flux', 'Tally', 'Cost',
-           'measure', 'attention_layers', 'asasr_layers', 'Training', 'adapt', 'build', 'cost', 'DoesNotFit', 'Plan',
-           'plan', 'largest']
+           'parameters', 'Architecture', 'run_unet', 'run_flux', 'Tally', 'Cost', 'measure', 'attention_layers',
+           'asasr_layers', 'Training', 'adapt', 'build', 'cost', 'DoesNotFit', 'Plan', 'plan', 'largest']
 
 # %% ../nbs/14_plan.ipynb #14-plan-003
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
+
+from .backbones import flux_branch, unet_branch
 
 # %% ../nbs/14_plan.ipynb #14-plan-006
 @dataclass(frozen=True)
@@ -63,25 +64,6 @@ class Architecture:
 def _zeros(net:nn.Module)->Callable: # shape -> zeros as the network's weights are
     p = next(net.parameters())
     return partial(torch.zeros, device=p.device, dtype=p.dtype)
-
-def unet_branch(
-    denoiser:nn.Module, # UNet2DConditionModel
-)->nn.Module:
-    "Its control branch: encoder and middle, LR read in pixels at the size of the output"
-    from diffusers import ControlNetModel
-    p = next(denoiser.parameters())
-    with torch.device(p.device): net = ControlNetModel.from_unet(denoiser, load_weights_from_unet=False)
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
-
-def flux_branch(
-    denoiser:nn.Module, # FluxTransformer2DModel
-)->nn.Module:
-    "Its control branch: four double blocks, LR read through the VAE [DP2O-SR, release]"
-    from diffusers import FluxControlNetModel
-    p = next(denoiser.parameters())
-    own = {k: v for k, v in denoiser.config.items() if not k.startswith("_") and k != "out_channels"}
-    with torch.device(p.device): net = FluxControlNetModel(**{**own, "num_layers": 4, "num_single_layers": 0})
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
 
 def run_unet(
     architecture:Architecture,
@@ -183,34 +165,38 @@ class Tally(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops = self.now = self.peak = 0
-        self.known, self.seen, self.views = set(), {}, set() # storages; form -> form of the result, FLOPs; operations that return what they got
+        self.alive, self.views = set(), set() # storages made inside; operations that return what they got
+        self.seen = {} # form of a call -> form of the result, FLOPs
 
-    def _drop(self, key, size): self.known.discard(key); self.now -= size
+    def _drop(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         form = None if func in self.views else (func, _form(args), _form(tuple((kwargs or {}).items())))
         if form in self.seen: # blocks repeat: on the meta device the same forms are worked out once
-            made, flops = self.seen[form]
+            (made, flops), given = self.seen[form], ()
             out = _anew(made)
-        else: out, flops = self._call(form, func, args, kwargs or {})
+        else: out, flops, given = self._call(form, func, args, kwargs or {})
         self.flops += flops
         for o in (out,) if isinstance(out, Tensor) else _leaves(out):
-            if (key := (s := o.untyped_storage())._cdata) not in self.known:
-                self.known.add(key); self.now += s.nbytes()
+            if (key := (s := o.untyped_storage())._cdata) not in self.alive and key not in given:
+                self.alive.add(key)
+                self.now += s.nbytes()
                 finalize(s, self._drop, key, s.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
-    def _call(self, form, func, args, kwargs):
-        self.known.update(o.untyped_storage()._cdata for o in _leaves((args, tuple(kwargs.values())))) # not made inside: not counted
+    def _call(self, form, func, args, kwargs): # result, FLOPs, storages that came in: a view of them is not made inside
+        given = {o.untyped_storage()._cdata for o in _leaves((args, tuple(kwargs.values())))}
         out = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else count(*args, **kwargs, out_val=out)
         made = list(_leaves(out))
-        if any(o.untyped_storage()._cdata in self.known for o in made): self.views.add(func)
+        if any(o.untyped_storage()._cdata in given for o in made): self.views.add(func)
         elif form and made and all(o.is_meta for o in made):
             self.seen[form] = _form(out) if isinstance(out, Tensor) else [_form(o) for o in out], flops
-        return out, flops
+        return out, flops, given
 
 class Cost(NamedTuple):
     "What a forward, or a forward with its backward, takes"
@@ -325,7 +311,7 @@ def cost(
 GB = 10**9
 
 class DoesNotFit(MemoryError):
-    "A backbone needs more memory than the card has"
+    "More memory is needed than there is; the text says how much, and what to change"
 
 @dataclass(frozen=True)
 class Plan:

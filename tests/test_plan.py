@@ -18,8 +18,8 @@ UNET = replace(SD2, name="tiny UNet", texts=TEXT, vae=VAE, denoiser=Network("dif
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=2,
     norm_num_groups=8)))
 TRANSFORMER = replace(FLUX, name="tiny FLUX", texts=TEXT, vae=VAE, denoiser=Network("diffusers",
-    "FluxTransformer2DModel", dict(guidance_embeds=True, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-         joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))))
+    "FluxTransformer2DModel", dict(guidance_embeds=True, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))))
 BOTH = pytest.mark.parametrize("architecture", [UNET, TRANSFORMER], ids=lambda a: a.name)
 WAYS = [None, Training(rank=4), Training(rank=4, checkpointing=True),
         Training(None, checkpointing=True, eight_bit=True)]
