@@ -1,9 +1,9 @@
-"CTMSR's losses against sides written here again: fixture 9 of the method's notes, gradients, fixed points, wrong variants"
+"CTMSR's losses against sides written here again: fixture 9 of the notes, gradients, fixed points, wrong variants"
 import pytest
 import torch
 
-from srnb.consistency import (charbonnier, consistency_loss, gap_weight, half_square, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
-                              trajectory_gap)
+from srnb.consistency import (charbonnier, consistency_loss, gap_weight, half_square, intervals_at, matching_loss,
+                              node_pair, perceptual_distance, sds_gap, trajectory_gap)
 from srnb.core import generator, like_batch
 from srnb.paths import Shift, sample_ddim, sample_ddpm
 
@@ -29,7 +29,8 @@ def test_curriculum_of_the_release():
 
 def test_nodes():
     torch.testing.assert_close(Shift().sigma_grid(3), torch.tensor([1, 2/3, 1/3, 0]))
-    assert [tuple(round(float(s), 6) for s in node_pair(Shift(), 4, i)) for i in range(4)] == [(.25, 0), (.5, .25), (.75, .5), (1, .75)]
+    pairs = [tuple(round(float(s), 6) for s in node_pair(Shift(), 4, i)) for i in range(4)]
+    assert pairs == [(.25, 0), (.5, .25), (.75, .5), (1, .75)]
     with pytest.raises(ValueError, match=r"\[0, 4\)"): node_pair(Shift(), 4, -1)
 
 
@@ -38,16 +39,17 @@ def test_the_line_is_straight_and_two_samplers_walk_it(toys):
     for t in (.2, .5, .9):
         s = torch.full((B,), t, dtype=torch.float64)
         torch.testing.assert_close(path.state(z, eps, s), z + t*((y-z) + eps))
-    done = sample_ddim(lambda x, s: z, path.start(eps), path.sigma_grid(5).double(), path) # a network that knows the photograph
-    torch.testing.assert_close(done, z)
-    with pytest.raises(ValueError, match="ancestral"): sample_ddpm(lambda x, s: z, path.start(eps), path.sigma_grid(5).double(), path, torch.randn_like)
+    walk = (lambda x, s: z), path.start(eps), path.sigma_grid(5).double(), path # of a network that knows the photograph
+    torch.testing.assert_close(sample_ddim(*walk), z)
+    with pytest.raises(ValueError, match="ancestral"): sample_ddpm(*walk, torch.randn_like)
 
 
 @pytest.mark.parametrize("intervals, i", [(1, 0), (3, 0), (3, 2), (4, 1)])
 def test_consistency_loss_by_hand(toys, intervals, i):
     path, z, y, eps, _, net = toys
     scale = torch.tensor(.7, dtype=torch.float64, requires_grad=True)
-    value, z_hat = consistency_loss(lambda x, s: scale*net(x, s), path, z, eps, intervals, i, lambda a, b: (a-b).square().mean((1, 2, 3)))
+    def square(a, b): return (a-b).square().mean((1, 2, 3))
+    value, z_hat = consistency_loss(lambda x, s: scale*net(x, s), path, z, eps, intervals, i, square)
     high, low = (torch.full((B,), k/intervals, dtype=torch.float64) for k in (i+1, i))
     x, x_low = (z + like_batch(s, z)*(y-z+eps) for s in (high, low))
     out, target = net(x, high), z if i == 0 else .7*net(x_low, low)
@@ -104,4 +106,5 @@ def test_distance():
     def mean_square(u, v): return (u-v).square().mean((1, 2, 3))
     torch.testing.assert_close(charbonnier(a, b), (a-b).abs().mean((1, 2, 3)), atol=1e-5, rtol=0)
     window = ((a-b)[..., 4:12, 6:14]/2).square().mean((1, 2, 3)) # LPIPS sees [0, 1]
-    torch.testing.assert_close(perceptual_distance(mean_square, (4, 6, 8), .3)(a, b), .3*window + .7*(a-b).abs().mean((1, 2, 3)), atol=1e-5, rtol=0)
+    by_hand = .3*window + .7*(a-b).abs().mean((1, 2, 3))
+    torch.testing.assert_close(perceptual_distance(mean_square, (4, 6, 8), .3)(a, b), by_hand, atol=1e-5, rtol=0)
