@@ -4,8 +4,10 @@ import torch
 
 from srnb.consistency import (charbonnier, consistency_loss, gap_weight, half_square, intervals_at, matching_loss,
                               node_pair, perceptual_distance, sds_gap, trajectory_gap)
-from srnb.core import generator, like_batch
+from srnb.core import generator, like_batch, seed_of
+from srnb.onestep import onestep_batch, onestep_loss
 from srnb.paths import Shift, sample_ddim, sample_ddpm
+from srnb.policies import PixelCodec, Policy
 
 B, SHAPE = 3, (3, 3, 8, 12)
 
@@ -81,6 +83,51 @@ def test_the_noise_of_both_states_is_shared(toys):
     sigma = torch.full((B,), 1/3, dtype=torch.float64)
     assert trajectory_gap(net, path, z, z, eps, sigma).abs().max() == 0
     assert sds_gap(net, path, z, z, eps, sigma).abs().max() > .1 # its fixed point is elsewhere
+
+
+class Grey: # photographs of one grey, and inputs that are a little darker
+    def batch(self, n, side, g): return torch.full((n, 3, side//4, side//4), .4), torch.full((n, 3, side, side), .5)
+
+
+class Net(torch.nn.Module):
+    "A network of one function of its input; `stride` as a policy wants it"
+    stride = 4
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.w = f, torch.nn.Parameter(torch.ones(()))
+    def forward(self, x, sigma, cond): return self.f(self.w*x)
+
+
+def cubed(x): return x+x**3 # a teacher that is not linear: on a linear one the noise of both states cancels
+
+
+def seen_noise(step=2):
+    "The noise that a step of matching gives to its gap, what the step drew, and the step's logs; y is -.2, z is 0"
+    student, teacher = (Policy(Net(f), Shift(), Shift(), PixelCodec()) for f in (torch.tanh, cubed))
+    seen, part = {}, dict(n=2, patch=16, window=8)
+    def gap(f, path, z_hat, z, eps, sigma):
+        seen.update(eps=eps, sigma=sigma, z_hat=z_hat, z=z, gap=trajectory_gap(f, path, z_hat, z, eps, sigma))
+        return seen["gap"]
+    def lpips(a, b): return (a-b).square().mean((1, 2, 3))
+    loss = onestep_loss(Grey(), student, **part, seed=3, intervals=lambda k: 3, lpips=lpips,
+                        gap=gap, teacher=lambda k: teacher)
+    _, logs = loss(student.net, step, 0)
+    return seen, onestep_batch(Grey(), student, *part.values(), 3, seed_of(3, "consistency", step, 0)), logs
+
+
+def test_matching_draws_its_own_noise():
+    "Both trajectories start from fresh noise. From the noise that made the output the gap differs by over a tenth"
+    seen, (z, eps, fresh, lq, i, _), logs = seen_noise()
+    assert torch.equal(seen["eps"], fresh) and not torch.equal(eps, fresh)
+    assert (eps*fresh).mean().abs() < .1 < (eps*eps).mean() # two draws
+    y, s = torch.full_like(z, -.2), 1/3
+    def state(z, e, s): return z+s*(y-z+e)
+    z_hat = torch.tanh(state(z, eps, (i+1)/3))
+    def by_hand(e): return cubed(state(z_hat, e, s))-cubed(state(z, e, s))
+    torch.testing.assert_close(seen["z_hat"], z_hat, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen["gap"], by_hand(fresh), atol=1e-5, rtol=0)
+    assert logs["gap"] == pytest.approx(by_hand(fresh).abs().mean().item(), abs=1e-5)
+    assert abs(by_hand(eps).abs().mean()-by_hand(fresh).abs().mean()) > .1*logs["gap"]
 
 
 def test_guard(toys):
