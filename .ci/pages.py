@@ -11,7 +11,7 @@ os.environ.pop("MPLBACKEND", None) # the kernel's own keeps figures in the noteb
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from readme import directives
+from readme import directives, skip_exec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,14 +38,6 @@ def execute(
     os.replace(part, path)
 
 
-def shown(
-    nb, # a notebook
-)->bool:
-    "Whether a page is executed with the others: not if its front matter says skip_exec"
-    from site_checks import front_matter
-    return not front_matter(nb).get("skip_exec", False)
-
-
 def main()->int:
     names = [o.removeprefix("nbs/").removesuffix(".ipynb") for o in sys.argv[1:]]
     paths = [ROOT/"nbs"/f"{o}.ipynb" for o in names]
@@ -53,7 +45,8 @@ def main()->int:
         print("no such notebook in nbs/: " + ", ".join(missing))
         return 1
     if not names:
-        paths = [p for p in sorted((ROOT/"nbs").glob("[!_.]*.ipynb")) if shown(nbformat.read(p, as_version=4))]
+        paths = sorted((ROOT/"nbs").glob("[!_.]*.ipynb"))
+        paths = [p for p in paths if not skip_exec(nbformat.read(p, as_version=4))]
         paths.sort(key=lambda p: (p.stem == "index", not p.stem[0].isdigit(), p.stem)) # rooms, experiments, index
     for p in paths:
         start = time.monotonic()
