@@ -88,14 +88,13 @@ def main()->int:
         from preview import render
         problems = render(work)
     else: problems = ["Quarto failed"]*bool(subprocess.run(["quarto", "render", "--no-execute"], cwd=work).returncode)
-    if problems:
-        print(*problems, sep="\n")
-        return 1
-    shutil.rmtree(site, ignore_errors=True)
-    shutil.move(work/"_docs", site)
-    shutil.rmtree(work)
-    print("the site: _docs/index.html")
-    return 0
+    if (work/"_docs/index.html").exists():
+        shutil.rmtree(site, ignore_errors=True)
+        shutil.move(work/"_docs", site)
+        shutil.rmtree(work)
+        print("the site: _docs/index.html")
+    for o in problems: print(o)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -5,9 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found") # tqdm's, which would stand on pages with a path
-os.environ.pop("MPLBACKEND", None) # the kernel's own keeps figures in the notebook
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -39,6 +36,9 @@ def execute(
 
 
 def main()->int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found") # tqdm's, which would stand there with a path
+    os.environ.pop("MPLBACKEND", None) # the kernel's own keeps figures in the notebook
     names = [o.removeprefix("nbs/").removesuffix(".ipynb") for o in sys.argv[1:]]
     paths = [ROOT/"nbs"/f"{o}.ipynb" for o in names]
     if missing := [p.name for p in paths if not p.exists()]:

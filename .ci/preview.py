@@ -10,13 +10,13 @@ import yaml
 from readme import directives, options
 from site_checks import check_site
 
-STYLE = """<style>
+STYLE = """<link rel="icon" href="favicon.svg"><style>
 body { max-width: 60em; margin-left: 16em; font-size: 1em; }
 nav.site { position: fixed; inset: 0 auto 0 0; width: 13em; overflow-y: auto; padding: 1em; font-size: .85em; }
 span[id^=eq-]::after { content: "(" attr(id) ")"; float: right; }
 </style>"""
 PANDOC = ["--from=markdown-citations", "--to=html5", "--mathml", "--standalone", "--toc", "--css=site.css",
-          "--include-before-body=nav.html", "--fail-if-warnings"]
+          "--include-before-body=nav.html", "--wrap=none", "--fail-if-warnings"]
 
 
 def shown(out, said:dict)->str: # an output, with the options of its cell -> markdown
@@ -35,7 +35,8 @@ def markdown(nb)->str: # of a processed notebook; labels become places, and what
         if c.cell_type != "code": parts.append(c.source)
         elif directives(c.source).get("echo") != "false": parts.append(f"~~~~\n{code}\n~~~~")
         parts += [shown(o, options(c.source)) for o in c.get("outputs", [])]
-    text = re.sub(r"(\$\$[^$]+\$\$)[ \t]*\{#(eq-[\w-]+)\}", r"[\1]{#\2}", "\n\n".join(parts))
+    text = "\n\n".join(parts).replace("---\ndescription:", "---\nsubtitle:", 1)
+    text = re.sub(r"(\$\$[^$]+\$\$)[ \t]*\{#(eq-[\w-]+)\}", r"[\1]{#\2}", text)
     return re.sub(r"(?<![\w`@])@((?:eq|fig)-[\w-]*\w)", r"[\1](#\1)", text)
 
 

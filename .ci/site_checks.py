@@ -50,8 +50,8 @@ def check_figures(root:Path)->list:
             if lacks: bad.append(f"{where}: a figure without {', '.join(lacks)} (YAML, above the code)")
             if len(shown) > 1: bad.append(f"{where}: {len(shown)} outputs under one caption")
             sent = re.search(rf"@{label}(?![\w-])", refs.prose(nb))
-            if label and not sent: bad.append(f"{where}: no text refers to @{label}")
             if label and not label.startswith("fig-"): bad.append(f"{where}: the label {label} must begin with fig-")
+            elif label and not sent: bad.append(f"{where}: no text refers to @{label}")
     return bad
 
 def check_experiments(root:Path)->list:
@@ -84,7 +84,7 @@ def check_floors(root:Path)->list:
     bad = [f"srnb/{o}.py: no numbered notebook exports it" for o in sorted(there.keys()-floor)]
     bad += [f"nbs/{floor[o]:02}_{o}.ipynb: there is no srnb/{o}.py" for o in sorted(floor.keys()-there)]
     for module in floor.keys() & there:
-        for o in sorted(imported(ast.parse(there[module].read_text()))):
+        for o in sorted(imported(refs.parsed(there[module].read_text()))):
             if floor.get(o, 1000) >= floor[module]:
                 bad.append(f"srnb/{module}.py: floor {floor[module]} imports {o}, floor {floor.get(o, 'unknown')}")
     return bad
