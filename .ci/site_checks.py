@@ -163,8 +163,8 @@ def check_site(site:Path)->list:
             there = pages[to.name].ids if to.name in pages else [anchor]
             if not to.is_relative_to(site.resolve()) or not to.is_file(): bad.append(f"{name}: nothing at {link}")
             elif anchor and anchor not in there: bad.append(f"{name}: no such place: {link}")
-    reached = {o.partition("#")[0] for o in pages["index.html"].links} | {"index.html"}
-    return bad + [f"{o}: the sidebar of _quarto.yml does not list it" for o in pages if o not in reached]
+    listed = set(pages).intersection(*([o.partition("#")[0] for o in page.links] for page in pages.values()))
+    return bad + [f"{o}: the sidebar of _quarto.yml does not list it" for o in pages if o not in listed]
 
 
 CHECKS = [check_outputs, check_figures, check_experiments, check_floors, check_traces, check_sizes, check_links]

@@ -51,10 +51,12 @@ def test_figures_formulas_and_functions_arrive(site, root):
 
 @pytest.fixture
 def small(tmp_path):
+    nav = '<a href="index.html">a</a><a href="other.html">o</a>'
     body = '<h1>A</h1><h2 id="here">B</h2><a href="#here">b</a><a href="other.html#there">c</a>'
     dot = '<img alt="A dot" src="data:image/png;base64,AA"><img alt="A file" src="_records/a.png">'
-    (tmp_path/"index.html").write_text(f"{body}{dot}<a href='https://x.org'>d</a><pre>@import 'a.css' fetch(1)</pre>")
-    (tmp_path/"other.html").write_text('<h1>O</h1><p id="there"><a href="index.html">a</a></p>')
+    code = "<a href='https://x.org'>d</a><pre>@import 'a.css' fetch(1)</pre>"
+    (tmp_path/"index.html").write_text(nav + body + dot + code)
+    (tmp_path/"other.html").write_text(f'{nav}<h1>O</h1><p id="there"></p>')
     (tmp_path/"_records").mkdir()
     (tmp_path/"_records/a.png").write_bytes(b"x")
     return tmp_path
@@ -76,7 +78,7 @@ FAULTS = dict( # the name and value in the answer, what stands in index.html, wh
     big=("150016", "base64,AA", f"base64,{'A'*200_000}"),
     twice=("here", "</h2>", '</h2><p id="here">'),
     titles=("2", "</h2>", "</h2><h1>C</h1>"),
-    unlisted=("other.html", '<a href="other.html#there">c</a>', ""),
+    unlisted=("_quarto.yml", "other.html", "index.html"),
 )
 
 @pytest.mark.parametrize("name", FAULTS)
