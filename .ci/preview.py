@@ -24,8 +24,8 @@ def shown(out, said:dict)->str: # an output, with the options of its cell -> mar
     if "text/markdown" in data: return str(data["text/markdown"])
     if "text/html" in data: return f"~~~~ {{=html}}\n{data['text/html']}\n~~~~"
     if not kind: return f"~~~~\n{out.get('text', data.get('text/plain', '')).rstrip()}\n~~~~"
-    alt = said["fig-alt"].replace('"', "”")
-    return f"![{said['fig-cap']}](data:{kind};base64,{''.join(data[kind].split())}){{#{said['label']} alt=\"{alt}\"}}"
+    place, alt = "#"*("label" in said) + said.get("label", ""), said.get("fig-alt", "").replace('"', "”")
+    return f"![{said.get('fig-cap', '')}](data:{kind};base64,{''.join(data[kind].split())}){{{place} alt=\"{alt}\"}}"
 
 
 def markdown(nb)->str: # of a processed notebook; labels become places, and what refers to them links

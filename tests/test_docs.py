@@ -105,6 +105,7 @@ def test_labels_references_and_figures():
     assert '<a href="#eq-one">eq-one</a>' in text and '<a href="#fig-a">fig-a</a>' in text
     assert '<span id="eq-one"><math' in text and "<mfrac><mn>1</mn><mn>2</mn></mfrac>" in text
     assert '<figure id="fig-a">' in text and "<figcaption>A line.</figcaption>" in text
+    assert 'src="data:image/png;base64,AA==" alt=""' in html(new_code_cell("plot()", outputs=[png])).stdout
     assert 'src="data:image/png;base64,AA==" alt="It ”rises”."' in text and "plot()" in text and "#|" not in text
 
 def test_outputs():
