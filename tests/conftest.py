@@ -62,10 +62,43 @@ def deadly(monkeypatch):
     return count, calls, die
 
 
+def clean(env)->dict:
+    "An environment without what a test run sets; it imports the package that is tested, wherever a program works"
+    import srnb
+    package = str(Path(srnb.__file__).parent.parent)
+    return {k: v for k, v in env.items() if k not in ("MPLBACKEND", "IN_TEST")} | {"PYTHONPATH": package}
+
+
 @pytest.fixture
 def clean_env()->dict:
-    "Environment for a subprocess: without what a test run sets"
-    return {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST", "PYTHONPATH")}
+    "Environment for a subprocess"
+    return clean(os.environ)
+
+
+def _forked(tmp_path_factory):
+    import forks
+    forks.start()
+    folder, started = tmp_path_factory.mktemp("forks"), []
+
+    def start(what, *args, cwd=None, **env):
+        started.append(forks.Fork(what, *args, folder=folder, env=clean(os.environ) | env, cwd=cwd))
+        return started[-1]
+    yield start
+    for o in started:
+        o.kill()
+        o.wait()
+
+
+@pytest.fixture
+def forked(tmp_path_factory):
+    "forked(what, *args, cwd, **env): a warm process, see forks.py; what still runs when the test ends is killed"
+    yield from _forked(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def forked_for_all(tmp_path_factory):
+    "The same, for what the tests of a module share"
+    yield from _forked(tmp_path_factory)
 
 
 @pytest.fixture
@@ -79,6 +112,26 @@ def offline(monkeypatch, tmp_path):
     R.scorer_of.cache_clear()
     yield tmp_path
     R.scorer_of.cache_clear()
+
+
+ALONE = "tests/test_notebooks.py::" # its tests share nothing, and fill what the files leave of a core
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks come last; among them experiments, the longest, come first"
+    items.sort(key=lambda o: o.nodeid.startswith(ALONE) + (o.nodeid.startswith(ALONE) and "[train_" not in o.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file stay together, because they share what it has made; notebooks are dealt out one by one"
+    if config.getoption("dist") != "load": return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_runtest_logreport(report):
