@@ -1,7 +1,6 @@
 "What the server of forks.py imports before it forks. Its objects are frozen: no child's garbage collector touches, and so copies, them"
 import gc
 import importlib
-import logging
 from pathlib import Path
 
 import accelerate  # noqa: F401
