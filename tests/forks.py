@@ -128,3 +128,19 @@ def cut(
     "What a forked process that dies on the way runs: `forked(cut, 'srnb.training.group_batch', 3, .01, main, [path])`"
     killed(name, call, after)
     return function(*args)
+
+
+def notebook(
+    path:Path,      # of a notebook with a cell of parameters
+    out:Path,       # the executed notebook
+    parameters:dict,# name -> value
+)->None:
+    "What a forked process runs to do papermill's work without a kernel's start: every cell, where it was started; prints are its output, an error its end"
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    from papermill.iorw import load_notebook_node, write_ipynb
+    from papermill.parameterize import parameterize_notebook
+    write_ipynb(parameterize_notebook(load_notebook_node(str(path)), parameters), str(out))
+    nb, shell = read_nb(out), CaptureShell()
+    try: shell.run_all(nb, exc_stop=True, verbose=True)
+    finally: write_nb(nb, out)
