@@ -100,8 +100,8 @@ def killed(
     call:int,       # the call, counted from 0, with which the end begins
     after:float=0., # seconds that are left from there
 )->None:
-    """In a forked process: SIGKILL so many seconds after a function's call, however busy the machine is. The process cannot
-    come to its end before: the function does not return from its next call"""
+    """In a forked process: SIGKILL so many seconds after a function's call, however busy the machine is. The process
+    cannot come to its end before: the function does not return from its next call"""
     place, _, name = name.rpartition(".")
     owner, count = pkgutil.resolve_name(place), itertools.count()
     real = getattr(owner, name)
@@ -135,7 +135,8 @@ def notebook(
     out:Path,       # the executed notebook
     parameters:dict,# name -> value
 )->None:
-    "What a forked process runs to do papermill's work without a kernel's start: every cell, where it was started; prints are its output, an error its end"
+    """What a forked process runs to do papermill's work without a kernel's start: every cell, in the folder where it
+    was started. What is printed is the process's output, an error its end"""
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from papermill.iorw import load_notebook_node, write_ipynb

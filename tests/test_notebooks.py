@@ -1,5 +1,5 @@
-"""Every notebook runs to its end, as nbdev_test runs it, each in a warm process of its own. Those with `skip_exec` in their
-front matter are run elsewhere or by hand; pages that are compared with what they show are run by test_site.py"""
+"""Every notebook runs to its end, as nbdev_test runs it, each in a warm process of its own. Those with `skip_exec` in
+their front matter are run elsewhere or by hand"""
 import sys
 from pathlib import Path
 
@@ -15,7 +15,8 @@ def runs(path:Path)->bool:
     return not any(o.cell_type == "raw" and "skip_exec: true" in o.source for o in first)
 
 
-NOTEBOOKS = [p for p in sorted((ROOT/"nbs").glob("[!._]*.ipynb")) if runs(p)]
+COMPARED = "index", "api", "refs" # test_site.py runs them, and compares what they show
+NOTEBOOKS = [p for p in sorted((ROOT/"nbs").glob("[!._]*.ipynb")) if runs(p) and p.stem not in COMPARED]
 
 
 def execute(path:Path)->None:

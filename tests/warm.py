@@ -1,18 +1,14 @@
-"What the server of forks.py imports before it forks. Its objects are frozen: no child's garbage collector touches, and so copies, them"
+"""What the server of forks.py imports before it forks. Its objects are frozen: the garbage collector of a child does
+not touch them, and so does not copy them"""
 import gc
 import importlib
 from pathlib import Path
 
-import accelerate  # noqa: F401
-import diffusers  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import pandas  # noqa: F401
-import peft  # noqa: F401
-import pyarrow.parquet  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
-
 import srnb
 
-for room in sorted(Path(srnb.__file__).parent.glob("[a-z]*.py")): importlib.import_module(f"srnb.{room.stem}")
+HEAVY = ("accelerate", "diffusers", "execnb.shell", "nbdev.test", "pandas", "peft", "pyarrow.parquet", "pyiqa",
+         "pytest", "seaborn", "stlpips_pytorch", "torch.utils.tensorboard")
+ROOMS = [f"srnb.{o.stem}" for o in sorted(Path(srnb.__file__).parent.glob("[a-z]*.py"))]
+for name in (*HEAVY, *ROOMS): importlib.import_module(name)
 gc.collect()
 gc.freeze()
