@@ -121,7 +121,7 @@ ALONE = "tests/test_notebooks.py::" # its tests share nothing, and fill what the
 
 
 def pytest_collection_modifyitems(items):
-    "Notebooks come last; among them experiments, the longest, come first"
+    "Notebooks come last; among them experiments, which take longest, come first"
     items.sort(key=lambda o: o.nodeid.startswith(ALONE) + (o.nodeid.startswith(ALONE) and "[train_" not in o.nodeid))
 
 
