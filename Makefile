@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test multi bench tables pages docs preview docs-browser docs-check fmt lock
+.PHONY: help setup demo test test-all multi bench tables pages docs preview docs-browser docs-check fmt lock
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -31,11 +31,14 @@ setup: $(READY) ## make .venv from the lock, if it is not there or the lock has 
 demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
 	@$(PY) .ci/runs.py --out demo -p out_dir nbs/_runs/demo train_dp2o
 
-test: ## sync of notebooks, package and README; ruff; every notebook; pytest
+test: ## sync of notebooks, package and README; ruff; every notebook; pytest: minutes
+	@.ci/run fast
+
+test-all: ## make test, then the slow tests: many processes, papermill of every experiment, kills
 	@.ci/run
 
 multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training
-	@.venv/bin/pytest -q tests/test_multi.py
+	@.venv/bin/pytest -q --durations 15 tests/test_multi.py
 
 bench: $(READY) ## run every nbs/bench_*.ipynb; fails on a missed goal
 	@$(PY) .ci/runs.py 'bench_*'

@@ -1,8 +1,5 @@
-"What every process of tests/test_multi.py runs: the configs of a JSON list, one after the other. Arguments: list, processes, `fsdp` or nothing"
-import json
+"What each of the two processes of test_multi.py runs"
 import shutil
-import sys
-from pathlib import Path
 
 from accelerate.utils import DistributedType
 
@@ -10,19 +7,22 @@ from srnb.align import RUNS
 from srnb.training import from_config, processes
 
 
-def main(configs:str, world:int, fsdp:bool)->None:
+def work(
+    config:dict,# of a run
+    world:int,  # processes
+    fsdp:bool,  # whether the network is cut up
+)->None:
+    "A run; with FSDP twice, the second time from the pieces of the last checkpoint"
     state = processes()
     assert state.num_processes == world, state
-    if fsdp: state._shared_state["distributed_type"] = DistributedType.MULTI_GPU # Accelerate cuts networks up on accelerators alone; the CPU can as well
-    for config in json.loads(Path(configs).read_text()):
-        function, cfg = from_config(config, RUNS)
-        out = function(cfg)
-        if not fsdp: continue
-        state.wait_for_everyone()
-        if state.is_main_process: # take the end away: the second call reads the checkpoint's pieces
-            shutil.rmtree(out/"adapter"), shutil.rmtree(out/"after"), (out/"metrics.parquet").unlink()
-        state.wait_for_everyone()
-        function(cfg)
-
-
-if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]), "fsdp" in sys.argv[3:])
+    # Accelerate cuts networks up on accelerators alone; the CPU can as well
+    if fsdp: state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    function, cfg = from_config(config, RUNS)
+    out = function(cfg)
+    if not fsdp: return
+    state.wait_for_everyone()
+    if state.is_main_process: # take the end away
+        for name in ("adapter", "after"): shutil.rmtree(out/name)
+        (out/"metrics.parquet").unlink()
+    state.wait_for_everyone()
+    function(cfg)

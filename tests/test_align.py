@@ -3,9 +3,6 @@ import json
 import math
 import random
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -13,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import same_result
+from forks import cut
 from safetensors.torch import load_file
 
 import srnb.align as align
@@ -230,20 +228,16 @@ def test_killed_while_judging(dro, tmp_path, deadly):
     assert all(torch.equal(x[k], y[k]) for k in x) and set(read_run(tmp_path/"b")[1].variant) == {"before", "after", "matched", "bicubic"}
 
 
-def test_kill_9(whole, dro, tmp_path, capsys):
-    "The command line, by SIGKILL at three random moments: while the bank is drawn, and twice between two checkpoints while the buffer is full"
-    out, chance = tmp_path/"killed", random.Random(0)
-    (tmp_path/"config.json").write_text(json.dumps(asdict(dro) | dict(run="align", out_dir=str(out))))
-    command = [sys.executable, "-m", "srnb.align", str(tmp_path/"config.json")]
+def test_kill_9(whole, dro, tmp_path, capsys, forked):
+    "The command line, by SIGKILL at three moments: while the bank is drawn, and twice between two checkpoints while the buffer is full"
+    out, path, chance = tmp_path/"killed", tmp_path/"config.json", random.Random(0)
+    path.write_text(json.dumps(asdict(dro) | dict(run="align", out_dir=str(out))))
     def last(): return max((int(f.stem) for f in (out/"kept").glob("????????.safetensors")), default=0) # step
-    steps = [chance.randint(9, 13), chance.randint(17, 19)]
-    for moment in (lambda: (out/"bank"/"manifest.jsonl").exists(), *((lambda step=step: last() >= step) for step in steps)):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and not moment(): time.sleep(.01)
-        time.sleep(chance.uniform(0, .01))
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL and not run_done(out) # it did not end by itself
-        if moment() and last():
+    for name, call in (("srnb.policies.Policy.sample", 1), ("srnb.align.output_batch", chance.randint(10, 13)), ("srnb.align.output_batch", chance.randint(17, 19)-8)):
+        run = forked(cut, name, call, chance.uniform(0, .01), align.main, [str(path)], align.RUNS)
+        assert run.wait() == -signal.SIGKILL and not run_done(out), run.err
+        assert (out/"bank"/"manifest.jsonl").exists()
+        if name.endswith("output_batch"):
             saved = int(latest_checkpoint(out).name[-8:])
             assert saved < last() and len(load_file(latest_checkpoint(out)/"memory-0.safetensors")["0.x"]) == 4 # steps are lost, the buffer is not
     same_result(train_align(replace(dro, out_dir=str(out))), whole) # its config is the command line's

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import same_result
+from forks import cut
 
 import srnb.training as training
 from srnb.core import RunOccupied, generator, open_run, read_run, run_done, to_pil, write_image
@@ -82,21 +82,17 @@ def test_killed_and_resumed(whole, config, tmp_path, deadly):
     assert calls == dict(sample=6, group_batch=3+4)  # done: nothing runs
 
 
-def test_kill_9(whole, config, tmp_path):
-    "The same through the command line, by SIGKILL at two moments; Accelerate's launcher finishes it"
-    out = tmp_path/"killed"
-    fields = {k: v for k, v in training.asdict(config).items()} | dict(run="dp2o", out_dir=str(out))
-    (tmp_path/"config.json").write_text(json.dumps(fields))
-    command = [sys.executable, "-m", "srnb.training", str(tmp_path/"config.json")]
-    for moment in (lambda: (out/"bank"/"manifest.jsonl").exists(), lambda: latest_checkpoint(out) is not None):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and not moment(): time.sleep(.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL # it did not end by itself
-    assert latest_checkpoint(out) is not None and not run_done(out)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", *command[2:]]
-    done = subprocess.run(launch, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kill_9(whole, config, tmp_path, forked):
+    "The same through the command line, by SIGKILL while the bank is drawn and after a checkpoint"
+    out, path = tmp_path/"killed", tmp_path/"config.json"
+    path.write_text(json.dumps(training.asdict(config) | dict(run="dp2o", out_dir=str(out))))
+    for name, call in (("srnb.policies.Policy.sample", 1), ("srnb.training.group_batch", 3)):
+        run = forked(cut, name, call, .01, training.main, [str(path)])
+        assert run.wait() == -signal.SIGKILL, run.err
+        assert (out/"bank"/"manifest.jsonl").exists() and not run_done(out)
+    assert latest_checkpoint(out) is not None
+    done = forked("-m", "srnb.training", path)
+    assert done.wait() == 0, done.err
     same_result(out, whole)
 
 
@@ -198,7 +194,7 @@ def test_own_policy_is_the_same_at_every_call(mine):
         torch.set_rng_state(before) # PEFT draws
 
 
-def test_own_file(config, mine, capsys):
+def test_own_file(config, mine, capsys, forked):
     "Degradation, reward, metric and network by name: another process ends with the same result; a file that has changed is another run"
     cfg = replace(config, out_dir="run", backbone="my.py:base", degradation="my.py:averaged", reward="my.py:REWARD", judges=("gmsd", "my.py:BRIGHT"), loop=replace(config.loop, steps=3))
     conf, metrics = read_run(train_dp2o(cfg))
@@ -208,8 +204,8 @@ def test_own_file(config, mine, capsys):
     group = read_group("run/bank", finished_groups("run/bank")[0])
     assert torch.equal(group.lq, torch.nn.functional.avg_pool2d(group.gt, 4).mul(255).round().div(255))
     Path("config.json").write_text(json.dumps(dict(training.asdict(cfg), run="dp2o", out_dir="other")))
-    other = subprocess.run([sys.executable, "-m", "srnb.training", "config.json"], capture_output=True, text=True)
-    assert other.returncode == 0, other.stderr[-2000:]
+    other = forked("-m", "srnb.training", "config.json")
+    assert other.wait() == 0, other.err
     same_result(Path("other"), Path("run"))
     mine.write_text(MINE.replace("STRENGTH = 1.", "STRENGTH = .5"))
     assert train_dp2o(cfg) == Path("run") and "is done" in capsys.readouterr().out # this config has read the file before

@@ -1,8 +1,5 @@
 "CTMSR end to end on a tiny network: killed and resumed, shared stages, bad input; the shipped one-step network"
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -104,14 +101,14 @@ def test_a_photograph_that_the_start_has_seen_is_refused(whole, config, tmp_path
     assert not (tmp_path/"x").exists()
 
 
-def test_command_line(config, tmp_path):
+def test_command_line(config, tmp_path, forked):
     "python -m srnb.onestep config.json"
     few = dict(steps=1, save_every=1, log_every=1, warmup=1)
     fields = dict(run="ctmsr", out_dir=str(tmp_path/"a"), degradation="resshift_test", versions=1, max_side=100, channels=[16, 16], blocks=[1, 1], tail=8, patch=32,
                   window=32, batch=1, size=64, eval_m=1, judges=["psnr_y"], take=2, precision="no", loop=few, match_loop=few)
     (tmp_path/"c.json").write_text(json.dumps(fields))
-    run = subprocess.run([sys.executable, "-m", "srnb.onestep", str(tmp_path/"c.json")], capture_output=True, text=True, env=os.environ)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run = forked("-m", "srnb.onestep", tmp_path/"c.json")
+    assert run.wait() == 0, run.err
     assert (tmp_path/"a"/"metrics.parquet").exists()
     assert from_config(dict(run="dp2o", out_dir="x"), RUNS)[1].kappa == 1000. # the other runs are known as well
     with pytest.raises(ValueError, match="run must be one of sft, dp2o, asasr"): from_config(fields)
