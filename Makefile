@@ -29,7 +29,7 @@ setup: $(READY) ## make .venv from the lock, if it is not there or the lock has 
 	@:
 
 demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
-	@$(PY) .ci/runs.py --out demo -p out_dir nbs/_runs/demo train_dp2o
+	@$(PY) .ci/runs.py --out demo -p out nbs/_runs/demo train_dp2o
 
 test: ## sync of notebooks, package and README; ruff; every notebook; pytest: minutes
 	@.ci/run fast

@@ -125,12 +125,7 @@ def main()->int:
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         watch(page, address, bad)
-<<<<<<< HEAD
-        bad += check_pages(page, address, site) + check_search(page, address) + check_scheme(page, address)
-        for name in ("51_look", "61_images", "compare_upscalers", "table_methods"): bad += check_slider(page, address, name)
-=======
         for name in names: bad += check_slider(page, address, name)
->>>>>>> h-s
         bad += check_ranking(browser.new_page(viewport={"width": 1400, "height": 900}), Path(tmp))
         browser.close()
     for o in bad: print(o)

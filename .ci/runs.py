@@ -40,7 +40,7 @@ def main()->int:
         print("failed: " + ", ".join(failed))
         return 1
     print(f"executed notebook: {out}" if len(found) == 1 else f"executed notebooks: {len(found)} in nbs/_runs")
-    for folder in [v for name, v in a.p if name == "out_dir"]: print(*artefacts(ROOT/folder), sep="\n")
+    for folder in [v for name, v in a.p if name == "out"]: print(*artefacts(ROOT/folder), sep="\n")
     return 0
 
 
