@@ -53,14 +53,14 @@ pages: $(READY) ## re-execute in place the notebooks whose outputs are shown (NB
 docs: $(READY) ## render the site into _docs with your own Quarto
 	@$(PY) .ci/docs.py
 
-preview: $(READY) ## render the site into _docs without Quarto, plainer
+preview: $(READY) ## render the site into _docs without Quarto, plain; tell dead links and faulty formulas
 	@$(PY) .ci/docs.py --preview
 
-docs-browser: preview ## the preview in Chromium: scripts, search, slider, ranking page
+docs-browser: preview ## sliders of the preview and a ranking page, in Chromium
 	@$(PY) -m uv pip install --quiet --python $(PY) playwright==1.65.2
 	@$(PY) .ci/browser.py
 
-docs-check: $(READY) ## check the site's sources without Quarto
+docs-check: $(READY) ## check the notebooks and the tree without rendering
 	@$(PY) .ci/site_checks.py
 
 fmt: $(READY) ## export the package, clean the notebooks, write README.md

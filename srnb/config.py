@@ -251,6 +251,8 @@ def fill(
             raise ValueError(f"there is no {name!r}; {nearest(name, names)}")
         if len(found) > 1 and found[0].count(".") == found[1].count("."):
             raise ValueError(f"{name!r} could be {found[0]} or {found[1]}: give more of its path")
+        if lost := [p for p in changes if p.startswith(f"{found[0]}.")]:
+            raise ValueError(f"{name!r} replaces a choice of which {lost[0]} was given: give the choice first")
         kind = there[found[0]][0]
         if isinstance(value, str) and get_origin(kind) is tuple: value = [o for o in value.split(";") if o]
         changes[found[0]] = coerced(value, kind, name)
