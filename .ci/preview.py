@@ -16,8 +16,8 @@ nav.site { position: fixed; inset: 0 auto 0 0; width: 13em; overflow-y: auto; pa
 span[id^=eq-]::after { content: "(" attr(id) ")"; float: right; }
 </style>"""
 PANDOC = ["--from=markdown-citations", "--to=html5", "--mathml", "--standalone", "--toc", "--css=site.css",
-          "--variable=header-includes=<link rel='icon' href='favicon.svg'>", "--include-before-body=nav.html", "--wrap=none",
-          "--fail-if-warnings"]
+          "--variable=header-includes=<link rel='icon' href='favicon.svg'>", "--include-before-body=nav.html",
+          "--wrap=none", "--fail-if-warnings"]
 
 
 def shown(out, said:dict)->str: # an output, with the options of its cell -> markdown
