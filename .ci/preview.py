@@ -10,13 +10,14 @@ import yaml
 from readme import directives, options
 from site_checks import check_site
 
-STYLE = """<link rel="icon" href="favicon.svg"><style>
+STYLE = """<style>
 body { max-width: 60em; margin-left: 16em; font-size: 1em; }
 nav.site { position: fixed; inset: 0 auto 0 0; width: 13em; overflow-y: auto; padding: 1em; font-size: .85em; }
 span[id^=eq-]::after { content: "(" attr(id) ")"; float: right; }
 </style>"""
 PANDOC = ["--from=markdown-citations", "--to=html5", "--mathml", "--standalone", "--toc", "--css=site.css",
-          "--include-before-body=nav.html", "--wrap=none", "--fail-if-warnings"]
+          "--variable=header-includes=<link rel='icon' href='favicon.svg'>", "--include-before-body=nav.html",
+          "--wrap=none", "--fail-if-warnings"]
 
 
 def shown(out, said:dict)->str: # an output, with the options of its cell -> markdown
