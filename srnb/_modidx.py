@@ -185,6 +185,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'srnb.command.read_seeds': ('command.html#read_seeds', 'srnb/command.py'),
                               'srnb.command.reason': ('command.html#reason', 'srnb/command.py'),
                               'srnb.command.run_command': ('command.html#run_command', 'srnb/command.py'),
+                              'srnb.command.run_plan': ('command.html#run_plan', 'srnb/command.py'),
+                              'srnb.command.run_train': ('command.html#run_train', 'srnb/command.py'),
                               'srnb.command.run_upscale': ('command.html#run_upscale', 'srnb/command.py'),
                               'srnb.command.tell': ('command.html#tell', 'srnb/command.py'),
                               'srnb.command.terminated_as_interrupted': ('command.html#terminated_as_interrupted', 'srnb/command.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Usage', 'plain', 'tell', 'reason', 'find_inputs', 'find_outputs', 'read_seeds', 'upscale_parser',
-           'check_args', 'run_upscale', 'terminated_as_interrupted', 'run_command', 'main']
+           'check_args', 'run_upscale', 'run_train', 'run_plan', 'terminated_as_interrupted', 'run_command', 'main']
 
 # %% ../nbs/62_command.ipynb #62-command-003
 import argparse
@@ -237,9 +237,31 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
             tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {now-start:.1f} s{left})")
     return failed
 
+# %% ../nbs/62_command.ipynb #62-command-t02
+def run_train(
+    argv:Sequence[str], # what follows `srnb train`
+)->int:                 # exit code
+    "Train what a preset, a JSON config or an object of your own file describes"
+    from srnb.train import run_of, train
+    print(train(run_of(list(argv) or ["--help"])))
+    return 0
+
+def run_plan(
+    argv:Sequence[str], # what follows `srnb plan`: a backbone, then a run as `srnb train` takes it
+)->int:                 # exit code
+    "Say what a run needs on a card, before anything is downloaded"
+    from srnb.config import nearest
+    from srnb.train import ARCHITECTURES, plan_of, run_of
+    name, *run = [*argv, ""] if not argv else argv
+    if name not in ARCHITECTURES:
+        raise Usage(f"srnb plan BACKBONE [PRESET ...]: there is no {name!r}; {nearest(name, ARCHITECTURES)}")
+    print(plan_of(ARCHITECTURES[name], run_of(run or ["dp2o"], f"srnb plan {name}")))
+    return 0
+
 # %% ../nbs/62_command.ipynb #62-command-019
 #: Sub-commands; the docstring is what help says
-COMMANDS:dict[str, Callable[[Sequence[str]], int]] = dict(upscale=run_upscale)
+COMMANDS:dict[str, Callable[[Sequence[str]], int]] = dict(
+    upscale=run_upscale, train=run_train, plan=run_plan)
 
 @contextmanager
 def terminated_as_interrupted()->Iterator[None]:
