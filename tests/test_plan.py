@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Training, adapt, asasr_layers, cost, largest, measure,
-                       plan)
+from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, cost, largest,
+                       measure, plan)
 
 TEXT = (Network("transformers", "T5EncoderModel", dict(d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=1,
                                                        vocab_size=99)), 7),
@@ -110,3 +110,17 @@ def test_bad_input(bad, words):
 def test_no_way():
     with pytest.raises(ValueError, match="at least one way"): largest(UNET, 64, GB, [])
     with pytest.raises(ValueError, match="frozen must"): Training(frozen=-1)
+
+
+def test_tally_counts_what_is_made_inside_and_lives():
+    given = torch.zeros(1000)
+    with Tally() as made:
+        view = given.view(10, 100)
+        view.add_(1) # neither a view nor what is written in place is new
+        kept = view.t()
+        assert made.now == 0
+        for _ in range(3): kept = given*2 # the last one dies when the next is there
+        kept = kept[:10]
+    assert (made.now, made.peak, made.flops) == (4000, 8000, 0) and kept.shape == (10,)
+    del kept
+    assert made.now == 0
