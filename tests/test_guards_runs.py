@@ -30,7 +30,8 @@ from srnb.spectral import l2_energy
 # ---------------------------------------------------------------- today's interface: who changes it changes this part
 
 from srnb.align import AlignRun, train_align # noqa: E402  isort: skip
-from srnb.onestep import CTMSRRun, train_ctmsr # noqa: E402  isort: skip
+from srnb.consistency import trajectory_gap # noqa: E402  isort: skip
+from srnb.onestep import CTMSRRun, onestep_loss, train_ctmsr # noqa: E402  isort: skip
 from srnb.training import ASASRRun, DPORun, Loop, SFTRun, train_asasr, train_dp2o, train_sft # noqa: E402  isort: skip
 from srnb.training import evaluate_base, fit, latest_checkpoint # noqa: E402  isort: skip
 
@@ -46,6 +47,13 @@ def field_of(run, name): return getattr(run, name)
 def fitted(net, loss, loop, folder, backward=None, memory=None): return fit(net, loss, loop, folder, backward, memory)
 def newest(folder): return latest_checkpoint(folder)
 def judge_base(out, **what): return evaluate_base(out, **what)
+
+
+def matching_step(pool, policy):
+    "The loss of one micro-batch of CTMSR's second stage"
+    def lpips(a, b): return (a-b).square().mean((1, 2, 3))
+    loss = onestep_loss(pool, policy, 2, 32, 16, 0, lambda step: 3, lpips, trajectory_gap, lambda step: policy)
+    return loss(policy.net, 0, 0)
 
 
 FEW = Loop(steps=2, lr=1e-2, warmup=1, save_every=2, log_every=1, keep_every=1)
@@ -227,6 +235,9 @@ class Runs:
             run = self.make(setting, shared, **changes)
             out, banks = do(run), self.top/f"banks-{setting}"
             banks = banks if shared and banks.exists() else out
+            if not self.done: # a run asks the collector several times, which would look at everything that was imported
+                gc.collect()
+                gc.freeze()
             self.done[key] = out, banks, traces(out, banks)
         return self.done[key]
 
@@ -245,7 +256,6 @@ def runs(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch: # what costs time and decides nothing
         patch.setattr(data, "open_photo", functools.cache(data.open_photo))
         patch.setattr(core, "git_revision", lambda: None)
-        gc.freeze() # a run asks the collector several times, which would look at everything that was imported
         yield Runs(world, tmp_path_factory.mktemp("runs"))
         gc.unfreeze()
 
@@ -540,6 +550,27 @@ def test_the_losses_of_a_network_from_patches_are_the_sums_of_their_parts(runs):
     log = log_of(runs.base("ctmsr"))
     check_close(log.loss.to_numpy(), (log.consistency+1.6*log.match.fillna(0.)).to_numpy(), rtol=1e-5)
     assert log.stage.tolist() == [1, 1, 2, 2] and (log.match[2:] > 0).all()
+
+
+class Grey: # photographs of one grey, z = 0 and y = 0, so that a state is its noise alone
+    def batch(self, n, patch, g): return torch.full((n, 3, patch//4, patch//4), .5), torch.full((n, 3, patch, patch), .5)
+
+
+class Zero(torch.nn.Module): # answers 0, and remembers the states that it was asked about, in units of their noise
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = torch.nn.Parameter(torch.zeros(())), []
+    def forward(self, x, sigma, lq):
+        self.asked.append(x/sigma[:, None, None, None])
+        return self.weight*x
+
+
+def test_the_two_trajectories_share_their_noise_and_it_is_not_that_of_the_consistency_loss():
+    policy = Policy(Zero(), Shift(), Shift(), PixelCodec())
+    matching_step(Grey(), policy)
+    first, *_, a, b = policy.net.asked
+    check_close(a, b, atol=1e-5)
+    assert (a-first).abs().mean() > .5 and (a[0]-a[1]).abs().mean() > .5
 
 
 # ---------------------------------------------------------------- leaks
