@@ -309,6 +309,9 @@ def papermill(root, name, tmp_path, *args, **env):
                           cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
 
 
+# ---- test_notebooks.py runs each once in a warm process; these start papermill and its kernel
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_sft", "train_study", "train_ctmsr"]) # tests/test_readme.py runs the others
 def test_papermill(root, name, tmp_path):
     run = papermill(root, name, tmp_path)
@@ -316,6 +319,7 @@ def test_papermill(root, name, tmp_path):
     assert (tmp_path/"out.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_a_study_over_two_machines(root, tmp_path):
     "Each leaves only its record behind; the second one adds its runs, repeats none, and refuses another study's record"
     record, runs = tmp_path/"record", []
@@ -332,6 +336,7 @@ def test_a_study_over_two_machines(root, tmp_path):
     assert run.returncode != 0 and "is not the record of this study" in run.stderr
 
 
+@pytest.mark.slow
 def test_study_of_methods(root, tmp_path):
     "The study of all methods in miniature: two rows, their record, and the picture of crops"
     run = papermill(root, "train_study", tmp_path, "-p", "study", "nbs/methods_study.json")
@@ -339,6 +344,7 @@ def test_study_of_methods(root, tmp_path):
     assert "recorded 2 runs" in run.stderr + run.stdout
 
 
+@pytest.mark.slow
 def test_papermill_names_the_metric(root, tmp_path):
     nowhere = dict(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
     run = papermill(root, "train_dp2o", tmp_path, "-p", "reward", "dp2o", **nowhere)

@@ -325,7 +325,7 @@ def test_ladder_rule():
     with pytest.raises(ValueError, match="multiples of 4"): R.ladder_images(torch.zeros(3, 30, 32))
 
 
-@pytest.mark.parametrize("size", [192, 256])
+@pytest.mark.parametrize("size", [192, pytest.param(256, marks=pytest.mark.slow)])
 def test_offline_preset_passes_the_ladder(size):
     photos = [centre_crop(p.read(), size).contiguous() for p in embedded_photos()[:8]]
     table = R.ladder_table(R.OFFLINE.metrics, photos)
