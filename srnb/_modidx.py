@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.core.Clock.__init__': ('core.html#clock.__init__', 'srnb/core.py'),
                            'srnb.core.RunOccupied': ('core.html#runoccupied', 'srnb/core.py'),
                            'srnb.core._bits': ('core.html#_bits', 'srnb/core.py'),
+                           'srnb.core._leaves': ('core.html#_leaves', 'srnb/core.py'),
                            'srnb.core.bicubic': ('core.html#bicubic', 'srnb/core.py'),
                            'srnb.core.check_close': ('core.html#check_close', 'srnb/core.py'),
                            'srnb.core.check_images': ('core.html#check_images', 'srnb/core.py'),
