@@ -28,9 +28,10 @@ CENTRAL = dict(intra=False, inter=False) # every pair has weight 1
 
 @pytest.fixture(scope="module")
 def config(tiny):
+    loop = Loop(steps=6, lr=1e-3, warmup=2, save_every=2, log_every=1, ema=.5)
     return Run("", replace(DP2O, winners=Top(1)), Data(size=64, places=1, take=2),
-               Base(str(tiny), precision="no", sample_steps=2), Judging("offline_nr", m=3, judges=("psnr_y",), eval_m=2),
-               Loop(steps=6, lr=1e-3, warmup=2, save_every=2, log_every=1, ema=.5), rank=2, batch=2, patch=32)
+               Base(str(tiny), precision="no", sample_steps=2),
+               Judging("offline_nr", m=3, judges=("psnr_y",), eval_m=2), loop, rank=2, batch=2, patch=32)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,8 @@ def test_shared_banks(whole, config, tmp_path, drawn):
 
 def test_metric_that_cannot_be_had(config, tmp_path, idle, offline):
     "Named, with the preset that works, before anything is sampled or written"
-    with pytest.raises(MetricUnavailable, match="offline"): align(fill(config, dict(out=str(tmp_path/"x"), reward="dp2o")))
+    run = fill(config, dict(out=str(tmp_path/"x"), reward="dp2o"))
+    with pytest.raises(MetricUnavailable, match="offline"): align(run)
     assert not (tmp_path/"x").exists()
 
 
