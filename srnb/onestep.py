@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import Checked, own_file, record
+from .config import Checked, from_file, own_file, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
 from .core import generator, open_run, run_done, seed_of, write_json, write_table
@@ -162,6 +162,7 @@ class Patches(Checked):
         self.at_least(0, "seed")
         object.__setattr__(self, "precision", settled(self.precision))
         Data(self.photos) # the folders are there
+        if own_file(self.init): from_file(self.init, f"{type(self).__name__}.init")
         if self.init and self.net != type(self).net:
             raise ValueError(f"{type(self).__name__}.init brings its own network: leave net out")
 
