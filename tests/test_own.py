@@ -1,4 +1,4 @@
-"What is the reader's own: photographs, ready pairs, preferences, and a file with degradation, metric, reward and network"
+"What is the reader's own: photographs, ready pairs, preferences, a file with degradation, metric, reward and network"
 import hashlib
 import json
 from dataclasses import replace
@@ -16,7 +16,6 @@ from srnb.curation import finished_groups, read_group
 from srnb.data import PatchPool, embedded_photos
 from srnb.degrade import RESSHIFT_TEST
 from srnb.onestep import BaseRun, CTMSRRun, Match, sft_loss, train_base, train_ctmsr
-from srnb.paths import Shift
 from srnb.policies import Policy
 from srnb.runs import Base, Data, Judging, photo_sets, small_policy
 from srnb.training import Loop
@@ -176,14 +175,16 @@ def test_own_network_is_trained(config, mine):
     run = BaseRun("base", init="my.py:base", **few, loop=replace(FEW, steps=20, lr=1e-2))
     log = pd.read_parquet(train_base(run)/"log.parquet")
     assert "mean" not in log and log.loss.iloc[-5:].mean() < log.loss.iloc[:3].mean()
-    assert set(json.loads(Path("base/config.json").read_text())["params"]["stands_for"]) == {"my.py:base", "my.py:averaged"}
+    params = json.loads(Path("base/config.json").read_text())["params"]
+    assert set(params["stands_for"]) == {"my.py:base", "my.py:averaged"}
     policy = small_policy("my.py:trained", "init", torch.float32)
     pool = PatchPool(embedded_photos("train")[:1], RESSHIFT_TEST, 1, 160)
     _, logs = sft_loss(pool, policy, 2, 32, 0)(0, 0)
     assert set(logs) == {"flow"} and 0 < logs["flow"] < 100
     assert len(read_run(align(fill(config, dict(out="dp2o", backbone="my.py:trained", steps=1))))[1])
-    run = CTMSRRun("one", init="my.py:shift", **few | dict(patch=32), window=32, size=64, eval_m=2,
-                   judges=("psnr_y", "my.py:BRIGHT"), take=2, precision="no", loop=FEW, match=Match(refresh=1, match_loop=FEW))
+    judges, match = ("psnr_y", "my.py:BRIGHT"), Match(refresh=1, match_loop=FEW)
+    run = CTMSRRun("one", init="my.py:shift", **few | dict(patch=32), window=32, size=64, eval_m=2, judges=judges,
+                   take=2, precision="no", loop=FEW, match=match)
     assert set(read_run(train_ctmsr(run))[1].metric) == {"psnr_y", "bright", "spread"}
     assert json.loads(Path("one/policy/policy.json").read_text())["trained_on"] == "Shift"
 
@@ -214,7 +215,8 @@ def test_own_file_that_does_not_fit(config, mine, change, error, named):
 
 
 def test_own_file_refused_before_any_work(config, mine, idle):
-    with pytest.raises(ValueError, match="my.py:net.*Policy.*Mine"): align(fill(config, dict(out="x", backbone="my.py:net")))
+    run = fill(config, dict(out="x", backbone="my.py:net"))
+    with pytest.raises(ValueError, match="my.py:net.*Policy.*Mine"): align(run)
     with pytest.raises(ValueError, match="my.py:lost.*Unknown.*config_class"):
         train_base(BaseRun("x", init="my.py:lost", versions=1, max_side=160))
     assert not Path("x").exists()
@@ -264,7 +266,8 @@ def test_given_pairs(config, people):
 
 @pytest.mark.parametrize("change, named", [
     (dict(pairs="people.py:uneven"), "people.py:uneven.*1, 3, 3, 3"),
-    (dict(pairs="people.py:floats"), "people.py:floats.*group 0"), (dict(pairs="people.py:NONE"), "pairs.*people.py:NONE"),
+    (dict(pairs="people.py:floats"), "people.py:floats.*group 0"),
+    (dict(pairs="people.py:NONE"), "pairs.*people.py:NONE"),
     (dict(pairs="people.py:chosen", patch=64), "people.py:chosen.*patch = 64"),
     (dict(pairs="people.py:table"), "people.py:table.*Pairs.*dict"),
     (dict(losers="Samples", pairs="people.py:chosen"), "Samples")])
