@@ -11,7 +11,7 @@ __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'sample_steps', 'Wor
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -215,6 +215,8 @@ OUTPUTS = Literal[*BASELINES, "base"] # other models, and the base itself
 class Given(Made):
     "An output of another model loses: a supervised pair"
     outputs:tuple[OUTPUTS, ...] = ("real_esrgan", "dat_light", "base")
+    def check(self):
+        if not self.outputs: raise ValueError("Given.outputs must name at least one model")
     def loser(self, work, held_out=False): return given_loser(work.outputs(self.outputs, held_out))
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ class Run(Checked):
     out:str                        # the run's folder
     method:Method = SFT
     data:Data = Data()
-    base:Base = Base()
+    base:Base = field(default_factory=Base) # asks the device for its precision, which an import must not
     judging:Judging = Judging()
     loop:Loop = Loop(steps=60, lr=1e-4, save_every=20, log_every=5)
     rank:int = 16                  # of the adapter
@@ -352,6 +354,12 @@ class Run(Checked):
         if self.base.options.train == "whole" and (method.start or isinstance(method.losers, (Adversary, Own))):
             raise ValueError("a reference, an adversary or a snapshot besides the policy needs LoRA: "
                              "BackboneOptions.train must be base or control")
+
+    @property
+    def loops(self)->list[Loop]:
+        "Of every stage"
+        stages = [vars(o).values() for o in (self.method.start, self.method.losers) if o]
+        return [self.loop, *(o for values in stages for o in values if isinstance(o, Loop))]
 
     @property
     def samples(self)->bool: return self.method.winners.samples or self.method.losers.samples
@@ -438,6 +446,8 @@ def claim(run:Run, state)->Work|None: # None: it is done
         if is_done(out, said): return None
         work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone), state.device)
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
+        for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
+            BASELINES[n](work.crops[0][1][None, :, :16, :16])
         open_run(out, said) # the inputs are good: the folder is claimed
     return work
 
@@ -445,13 +455,14 @@ def align(
     run:Run, # everything that decides the result
 )->Path:     # its folder: config.json, log.parquet, adapter/, metrics.parquet, the banks
     "Prepare, train, evaluate before and after; resumes, and says so if it is already done"
-    method, out, state = run.method, Path(run.out), processes(run.loop)
+    method, out, state = run.method, Path(run.out), processes(*run.loops)
     work = claim(run, state)
     if work is None: return out
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:
         print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
-    bounds = work.bounds # samples of the bare base, whose rewards freeze the scale
+    if run.samples: _ = work.bank # drawn by the bare base, whatever adapters come
+    bounds = work.bounds # frozen on its rewards
     if method.start: method.start.prepare(work)
     name = f"{'started-' if method.start else ''}before-{m}" if run.banks else "before"
     banks = dict(before=work.sample(work.home/name, work.policy, work.probes, m, work.probe_prompts))

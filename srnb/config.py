@@ -52,12 +52,13 @@ def _module_of(
     return _files[path]
 
 def from_file(
-    name:str,  # `path/to/file.py:NAME`
-    where:str, # field that gives it
+    name:str,        # `path/to/file.py:NAME`
+    where:str,       # field that gives it
+    again:bool=True, # look whether the file has changed: when a config is made, and not while it runs
 ):
     "An object of the reader's own file"
     file, _, attribute = name.rpartition(":")
-    digest, module = _module_of(file, where)
+    digest, module = _module_of(file, where, again)
     if not hasattr(module, attribute): raise ValueError(f"{where}: {file} has no {attribute!r}")
     found = getattr(module, attribute)
     _own[id(found)] = found, name, digest

@@ -288,6 +288,10 @@ def project_root()->Path: # the working folder, outside a checkout
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
 
 # %% ../nbs/00_core.ipynb #00-core-040
+def _leaves(said, path:str="")->dict: # path -> value that is no dict
+    if not isinstance(said, dict): return {path: said}
+    return {p: v for k, o in said.items() for p, v in _leaves(o, f"{path}.{k}" if path else k).items()}
+
 def open_run(
     out_dir:str|Path, # the run's folder; made if it is not there
     params:dict,      # everything that decides the result; JSON types only
@@ -297,9 +301,11 @@ def open_run(
     config = out/"config.json"
     if config.exists():
         old = json.loads(config.read_text())["params"]
-        diff = sorted(k for k in {*old, *params} if old.get(k) != params.get(k))
-        if diff: raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
-                                   "give another out_dir, or delete that folder")
+        if any(old.get(k) != params.get(k) for k in {*old, *params}):
+            a, b = _leaves(old), _leaves(params)
+            diff = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k] != b[k])
+            raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
+                              "give another out_dir, or delete that folder")
     else:
         if out.exists() and any(not p.name.startswith(".part-") for p in out.iterdir()):
             raise RunOccupied(f"{out} is not empty and holds no config.json; give another out_dir")

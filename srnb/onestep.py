@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import Checked, own_file, record
+from .config import Checked, from_file, own_file, own_files, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
 from .core import generator, open_run, run_done, seed_of, write_json, write_table
@@ -162,6 +162,7 @@ class Patches(Checked):
         self.at_least(0, "seed")
         object.__setattr__(self, "precision", settled(self.precision))
         Data(self.photos) # the folders are there
+        if own_file(self.init): from_file(self.init, f"{type(self).__name__}.init")
         if self.init and self.net != type(self).net:
             raise ValueError(f"{type(self).__name__}.init brings its own network: leave net out")
 
@@ -310,7 +311,8 @@ def train_ctmsr(
     if run.size % policy.stride: raise ValueError(f"size must be a multiple of {policy.stride}, got {run.size}")
     partners = [hashlib.sha256(p.lq.read_bytes()).hexdigest() for p in train if p.lq] # of ready pairs
     stands_for = dict(start=fingerprint(policy), trained_on=f"{seed_of(*seen, *partners):016x}")
-    said, first = record_of(run, **stands_for), dict(run.stage1, **stands_for)
+    said = record_of(run, **stands_for)
+    first = dict(run.stage1, **stands_for, **own_files([run.degradation, run.init]))
     if is_done(out, said): return out
     probes = [(p.id, *make_pair(p, run.size, run.degradation)) for p in test]
     pool = PatchPool(train, run.degradation, run.versions, run.max_side, held_out=test)

@@ -165,7 +165,7 @@ def small_policy(
 )->Policy:                 # a new one at every call
     "The policy that a config names"
     if not own_file(name): return from_pretrained(name, path, dtype, device)
-    found = from_file(name, where)
+    found = from_file(name, where, again=False) # as the config has read it, even if the file has changed since
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = deepcopy(found) if isinstance(found, (Policy, nn.Module)) or not callable(found) else found()
