@@ -158,7 +158,7 @@ def main(
 )->None:
     "Train what a command line describes; what is wrong with it is said in one line"
     try: print(train(run_of(sys.argv[1:] if words is None else words, prog)))
-    except (ValueError, OSError, RuntimeError) as e: raise SystemExit(f"{prog}: {e}") from e
+    except (ValueError, OSError, RuntimeError, MemoryError) as e: raise SystemExit(f"{prog}: {e}") from e
 
 # %% ../nbs/44_train.ipynb #44-train-021
 #| eval: false

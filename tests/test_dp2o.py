@@ -192,80 +192,10 @@ def test_checkpoint_of_another_shape(config, tiny, tmp_path):
     bad = tmp_path/"bad"
     save_pretrained(Policy(SmallUNet(UNetConfig((32, 16), (1, 1), 16))), bad)
     (bad/"model.safetensors").write_bytes((tiny/"model.safetensors").read_bytes())
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match="does not fit its config.json"): train_dp2o(replace(config, out_dir=str(tmp_path/"x"), backbone=str(bad)))
-    with pytest.raises(FileNotFoundError, match="give a folder"): train_dp2o(replace(config, out_dir=str(tmp_path/"y"), backbone=str(tmp_path/"none")))
-
-
-def test_bad_photographs(config, tmp_path):
-    folder = tmp_path/"photos"
-    folder.mkdir()
-    with pytest.raises(ValueError, match="holds no image"): training.photo_sets((str(folder),), ())
-    to_pil(torch.rand(3, 40, 40, generator=generator(0))).save(folder/"small.png")
-    with pytest.raises(ValueError, match="40.*less than the crop of 96"):
-        train_dp2o(replace(config, out_dir=str(tmp_path/"x"), photos=(str(folder),), held_out=(str(training.embedded_photos()[0].path.parent),), take=1))
-    (folder/"cut.png").write_bytes((folder/"small.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match="cut.png"): training.photo_sets((str(folder),), ())
-
-
-def test_sft_refuses_held_out(tmp_path):
-    held = training.embedded_photos("held_out")[0]
-    with pytest.raises(ValueError, match="held out"): train_sft(SFTRun(str(tmp_path/"x"), (str(held.path.parent),)))
-
-
-# ---------------------------------------------------------------- the notebooks
-
-def papermill(root, name, tmp_path, *args, **env):
-    return subprocess.run([sys.executable, "-m", "papermill", f"nbs/{name}.ipynb", str(tmp_path/"out.ipynb"), "--log-output", "--no-progress-bar", *args],
-                          cwd=root, env=dict(os.environ, IN_TEST="1", **env), capture_output=True, text=True)
-
-
-# ---- test_notebooks.py runs each once in a warm process; these start papermill and its kernel
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_sft", "train_study", "train_ctmsr"]) # tests/test_readme.py runs the others
-def test_papermill(root, name, tmp_path):
-    run = papermill(root, name, tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert (tmp_path/"out.ipynb").exists()
-
-
-@pytest.mark.slow
-def test_a_study_over_two_machines(root, tmp_path):
-    "Each leaves only its record behind; the second one adds its runs, repeats none, and refuses another study's record"
-    record, runs = tmp_path/"record", []
-    for rows in ("flow", "flow;NR only"):
-        run = papermill(root, "train_dp2o_study", tmp_path, "-p", "rows", rows, "-p", "record_dir", str(record))
-        assert run.returncode == 0, run.stderr[-3000:]
-        runs.append((json.loads((record/"runs.json").read_text()), pd.read_parquet(record/"metrics.parquet"), (record/"changes.jpg").read_bytes()))
-        assert "1 of 1: " in run.stdout + run.stderr
-    (one, first, picture), (both, metrics, later) = runs
-    assert [o["run"] for o in both] == ["flow, seed 0", "NR only, seed 0"] and both[:1] == one and picture == later
-    pd.testing.assert_frame_equal(metrics[metrics.row == "flow"].astype(first.dtypes), first, check_categorical=False)
-    assert set(metrics.row) == {"flow", "NR only"} and not metrics.duplicated(["row", "training", "image", "seed", "metric", "variant"]).any()
-    run = papermill(root, "train_dp2o_study", tmp_path, "-p", "held_out", "srnb/photos", "-p", "record_dir", str(record))
-    assert run.returncode != 0 and "is not the record of this study" in run.stderr
-
-
-@pytest.mark.slow
-def test_study_of_methods(root, tmp_path):
-    "The study of all methods in miniature: two rows, their record, and the picture of crops"
-    run = papermill(root, "train_study", tmp_path, "-p", "study", "nbs/methods_study.json")
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "recorded 2 runs" in run.stderr + run.stdout
-
-
-@pytest.mark.slow
-def test_papermill_names_the_metric(root, tmp_path):
-    nowhere = dict(HTTPS_PROXY="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", HF_HOME=str(tmp_path), TORCH_HOME=str(tmp_path))
-    run = papermill(root, "train_dp2o", tmp_path, "-p", "reward", "dp2o", **nowhere)
-    assert run.returncode != 0 and "MetricUnavailable" in run.stderr and "offline" in run.stderr
-=======
     for name, folder, error, named in (("x", bad, ValueError, "bad/model.safetensors.*config.json"),
                                        ("y", tmp_path/"none", FileNotFoundError, "config.json.*none")):
         with pytest.raises(error, match=named): align(fill(config, dict(out=str(tmp_path/name), backbone=str(folder))))
         assert not (tmp_path/name).exists()
->>>>>>> h-p
 
 
 def test_defaults_are_the_validated_settings(root):
