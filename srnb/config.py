@@ -242,18 +242,17 @@ def fill(
     old:dict|None=None,# names that a field once had, to answer with the new one
 ):
     "A run with some of its fields changed"
-    changes = {}
-    for name, value in values.items():
+    changes, tails = {}, lambda name: name.rpartition(".")[2]
+    whole = {tails(p) for p, (kind, v) in leaves(run).items() if is_dataclass(v) or _several(kind)} # choices come first
+    for name, value in sorted(values.items(), key=lambda o: tails(o[0]) not in whole):
         there = leaves(run, changes)
         found = sorted((p for p in there if f".{p}".endswith(f".{name}")), key=lambda p: p.count("."))
         if not found and name in (old or {}): raise ValueError(f"{name!r} is called {old[name]!r} now")
         if not found:
-            names = sorted({p.rpartition(".")[2] for p in there})
+            names = sorted({tails(p) for p in there})
             raise ValueError(f"there is no {name!r}; {nearest(name, names)}")
         if len(found) > 1 and found[0].count(".") == found[1].count("."):
             raise ValueError(f"{name!r} could be {found[0]} or {found[1]}: give more of its path")
-        if lost := [p for p in changes if p.startswith(f"{found[0]}.")]:
-            raise ValueError(f"{name!r} replaces a choice of which {lost[0]} was given: give the choice first")
         kind = there[found[0]][0]
         if isinstance(value, str) and get_origin(kind) is tuple: value = [o for o in value.split(";") if o]
         changes[found[0]] = coerced(value, kind, name)
