@@ -214,11 +214,11 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.images import COLOR_FIXES, upscale_file
+    from srnb.images import color_fix_of, upscale_file
     from srnb.paths import SAMPLERS
     from srnb.tiles import on_latents
     policy, failed = _policy(args), []
-    fix = COLOR_FIXES[args.color_fix or ("adain" if on_latents(policy) else "none")]
+    fix = color_fix_of(args.color_fix or ("adain" if on_latents(policy) else "none"))
     sampler = SAMPLERS.get(args.sampler)
     begin, done, total = time.monotonic(), 0, sum(n for *_, n in todo)
     for i, (source, target, seed, n) in enumerate(todo, 1):
@@ -250,18 +250,15 @@ def run_plan(
     argv:Sequence[str], # what follows `srnb plan`: a backbone, then a run as `srnb train` takes it
 )->int:                 # exit code
     "Say what a run needs on a card, before anything is downloaded"
-    from srnb.config import nearest
-    from srnb.train import ARCHITECTURES, plan_of, run_of
+    from srnb.train import plan_of, run_of
     name, *run = [*argv, ""] if not argv else argv
-    if name not in ARCHITECTURES:
-        raise Usage(f"srnb plan BACKBONE [PRESET ...]: there is no {name!r}; {nearest(name, ARCHITECTURES)}")
-    print(plan_of(ARCHITECTURES[name], run_of(run or ["dp2o"], f"srnb plan {name}")))
+    said = plan_of(name, run_of(run or ["dp2o"], f"srnb plan {name}"))
+    if not said: raise Usage(f"srnb plan BACKBONE [PRESET ...]: BACKBONE is sd2, sd15, sdxl or flux, got {name!r}")
+    print(said)
     return 0
 
 # %% ../nbs/62_command.ipynb #62-command-019
-#: Sub-commands; the docstring is what help says
-COMMANDS:dict[str, Callable[[Sequence[str]], int]] = dict(
-    upscale=run_upscale, train=run_train, plan=run_plan)
+COMMANDS = run_upscale, run_train, run_plan # what follows `run_` is the name; the docstring is what help says
 
 @contextmanager
 def terminated_as_interrupted()->Iterator[None]:
@@ -277,13 +274,14 @@ def run_command(
     argv:Sequence[str], # the line, without `srnb`
 )->int:                 # exit code
     "Hand the line to its sub-command, or say what there is"
-    if argv and argv[0] in COMMANDS: return COMMANDS[argv[0]](argv[1:])
-    rows = [f"  {name:10}{run.__doc__}" for name, run in COMMANDS.items()]
+    commands = {o.__name__.removeprefix("run_"): o for o in COMMANDS}
+    if argv and argv[0] in commands: return commands[argv[0]](argv[1:])
+    rows = [f"  {name:10}{run.__doc__}" for name, run in commands.items()]
     parser = argparse.ArgumentParser("srnb", usage="srnb [-h] [--version] COMMAND ...", allow_abbrev=False,
         description="Preference-aligned super-resolution", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(["commands:", *rows, "", "srnb COMMAND -h says what each of them takes"]))
     parser.add_argument("--version", action="version", version=f"srnb {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="first of the line; one of those below")
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="first of the line; one of those below")
     parser.parse_args(argv) # ends the program: with help, the version, or what is wrong
     parser.error("the command must come first")
 
