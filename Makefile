@@ -34,7 +34,7 @@ demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
 test: ## sync of notebooks, package and README; ruff; every notebook; pytest: minutes
 	@.ci/run fast
 
-test-all: ## make test, then the slow tests: many processes, papermill of every experiment, kills
+test-all: ## make test, then the tests marked slow: real launches, papermill, whole pipelines
 	@.ci/run
 
 multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training

@@ -8,7 +8,8 @@ The session's `forked` fixture (conftest.py) starts them and ends those that a f
     run = forked(worker, folder, 3, cwd=tmp_path)           # a function of a test module, called with these arguments
     assert run.wait() == 0, run.err
 
-The server only imports: whoever tests what an import costs or loads needs `sys.executable`."""
+The server only imports. What an import loads, or reads from the environment, as HF_HOME, is tested by a process of
+`sys.executable`."""
 import atexit
 import itertools
 import multiprocessing
