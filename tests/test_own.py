@@ -270,7 +270,7 @@ def test_given_pairs(config, people):
     (dict(pairs="people.py:NONE"), "pairs.*people.py:NONE"),
     (dict(pairs="people.py:chosen", patch=64), "people.py:chosen.*patch = 64"),
     (dict(pairs="people.py:table"), "people.py:table.*Pairs.*dict"),
-    (dict(losers="Samples", pairs="people.py:chosen"), "Samples")])
+    (dict(losers="Samples", winners="Photograph", pairs="people.py:chosen"), "'pairs'")])
 def test_given_pairs_that_do_not_fit(config, people, idle, change, named):
     with pytest.raises(ValueError, match=named): align(fill(config, dict(change, out="x")))
     assert not Path("x").exists()
