@@ -11,7 +11,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {"Wallace+ 2024": (14, 14), "DP2O-SR": None, "ASASR": (1, 47), "CTMSR": (1, 25), "Diffusion-DRO": (1, 31)}
 PLACE = r"release|table \d+|[A-Z]\.\d+"               # of a paper, holds no equation: nothing to list
-RULED = "spectral paths rewards curation preference adversary consistency online metrics".split() # rooms where
+RULED = "spectral paths rewards curation metrics preference adversary consistency online pairs".split() # rooms where
 # every public function cites a source or is listed as a helper
 
 

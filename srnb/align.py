@@ -140,7 +140,7 @@ class Photograph(Pictures):
 
 @dataclass(frozen=True)
 class Top(Pictures):
-    "The best samples of the policy win, ranked by the reward [DP2O-SR]"
+    "The best samples of the policy win, ranked by the reward [DP2O-SR, pair curation]"
     n:int = 4           # winners, and losers, of a group
     frozen:bool = False # rank on the scale frozen on the training bank, not on each group's own
     samples:ClassVar = True
@@ -153,7 +153,7 @@ class Top(Pictures):
 
 @dataclass(frozen=True)
 class Expert(Top):
-    "The photograph and the best samples win [Diffusion-DRO]"
+    "The photograph and the best samples win [Diffusion-DRO, eq. 11]"
     def chosen(self, g:Group, best:Tensor)->Tensor: return torch.cat([g.gt[None], g.sr[best]])
 
 # %% ../nbs/42_align.ipynb #42-align-010
@@ -169,7 +169,7 @@ class Losers(Checked):
 
 @dataclass(frozen=True)
 class Bottom(Losers):
-    "The worst samples lose, with hierarchical pair weights; or pairs of the reader's own [DP2O-SR]"
+    "The worst samples lose, with hierarchical pair weights; or pairs of the reader's own [DP2O-SR, HPO]"
     intra:bool = True        # weigh pairs within a group
     inter:bool = True        # weigh groups
     pairs:Callable|None = None # a function without arguments that gives Pairs, in place of the best and the worst
@@ -257,7 +257,7 @@ class Riesz(Made):
 
 @dataclass(frozen=True)
 class Own(Losers):
-    "The policy's own states lose, online [Diffusion-DRO]"
+    "The policy's own states lose, online [Diffusion-DRO, Algorithm 1]"
     every:int = 16   # updates between snapshots of the policy that makes its own losers
     capacity:int = 8 # trajectories in the buffer
     refresh:int = 8  # new ones at every micro-batch
@@ -289,7 +289,7 @@ class Nobody(Losers):
 # %% ../nbs/42_align.ipynb #42-align-012
 @dataclass(frozen=True)
 class Start(Checked):
-    "Supervised fine-tuning of an adapter, from which the preference training starts and which is its reference [ASASR]"
+    "Supervised fine-tuning of an adapter: where preference training starts, and what its reference is, as in ASASR"
     start_loop:Loop = Loop(steps=60, lr=1e-4, decay=.5, save_every=30, log_every=5)
     def prepare(self, work:Work)->None:
         folder, groups = work.home/"reference", work.photographs()
