@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,16 +12,18 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
-from srnb.align import OnlineDraw
+from srnb.align import DP2O, Run, Top, align
 from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
 from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, read_group
+from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, alone, draw_made, draw_pairs, draw_winners, given_loser,
+                        preference_loss, seed_at, split_backward, supervised_loss)
 from srnb.paths import Shift
+from srnb.plan import DoesNotFit
 from srnb.policies import load_adapter, text_ids
-from srnb.preference import hinge_loss
-from srnb.spectral import SobolevEnergy, l2_energy
-from srnb.training import (DTYPES, DPORun, Loop, OutOfMemory, Pairs, adapter_loss, as_dpo_loss, fit, given_loser,
-                           margin_loss, preference_loss, train_dp2o)
+from srnb.runs import Base, Data, Judging, dtype_of
+from srnb.spectral import SobolevEnergy
+from srnb.training import Loop, fit
 
 KINDS = ("sd", "sdxl", "flux")
 
@@ -52,15 +55,24 @@ def pairs()->Pairs:
     return Pairs(lq, winners, losers, torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
 
 
+def of_pairs(given, policy): return lambda step, part: draw_pairs(given, policy, 1, 64, seed_at(0, "pairs", step, part))
+
+
 def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
-    if method == "sft": return adapter_loss(groups(), policy, 2, 64, 0), None, None, None
-    if method == "dp2o": return *preference_loss(pairs(), policy, 100., 1, 64, 0), None, math.log(2)
+    bank = groups()
+    photographs = [replace(o, sr=o.gt[None]) for o in bank]
+    def supervised(step, part):
+        return alone(draw_winners(photographs, policy, 2, 64, seed_at(0, "adapter", step, part)), policy)
+    def made(step, part):
+        return draw_made(photographs, policy, 2, 64, seed_at(0, "as_dpo", step, part), given_loser(bank))
+    if method == "sft": return supervised_loss(supervised, policy), None, None, None
+    link = Logistic(100.)
+    if method == "dp2o": return preference_loss(of_pairs(pairs(), policy), policy, link), None, None, math.log(2)
     if method == "as_dpo":
-        loss = as_dpo_loss(groups(), policy, 100., SobolevEnergy(1.5), given_loser, 2, 64, 0)
-        return loss, None, None, math.log(2)
-    draw = OnlineDraw(groups(), policy, 2, 64, 0, cells=2, every=1, capacity=2, refresh=2)
-    parts = margin_loss(draw, policy, lambda m: hinge_loss(m, .001), None, l2_energy)
-    return *parts, draw, .001 # the gate: both gaps are 0
+        return preference_loss(made, policy, link, SobolevEnergy(1.5)), None, None, math.log(2)
+    draw = OnlineDraw(photographs, policy, 2, 64, 0, cells=2, every=1, capacity=2, refresh=2)
+    loss = preference_loss(draw, policy, Hinge(.001))
+    return loss, split_backward(policy, safeguard=False), draw, .001 # the gate: both gaps are 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +89,7 @@ def test_step(folders, tmp_path, kind, method):
     trained = {n: p.clone() for n, p in policy.net.named_parameters() if p.requires_grad}
     assert trained and all(".policy." in n for n in trained)
     loop = Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2)
-    weights, log = fit(policy.net, loss, loop, tmp_path, backward, memory)
+    weights, log = fit(policy, loss, loop, tmp_path, backward, memory)
     if start is not None: check_close(log.loss[0], start, rtol=1e-5)
     now = dict(policy.net.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in frozen.items())
@@ -91,8 +103,8 @@ def test_every_gradient(folders, kind):
     "What is trained of a whole control branch has a gradient: several processes would wait for one that never comes"
     policy = backbone(folders, kind, train="whole", checkpointing=True)
     params = policy.add_copy("controlnet")
-    loss, _ = preference_loss(pairs(), policy, 100., 1, 64, 0)
-    loss(policy.net, 0, 0)[0].mean().backward()
+    loss = preference_loss(of_pairs(pairs(), policy), policy, Logistic(100.))
+    loss(0, 0)[0].mean().backward()
     named = {n: p for n, p in policy.net.named_parameters() if p.requires_grad}
     assert [n for n, p in named.items() if p.grad is None] == []
     assert {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
@@ -104,9 +116,9 @@ def test_learns(folders):
     white = Pairs(filled(128, 3, 16, 16), filled(255, 2, 3, 64, 64), filled(0, 2, 3, 64, 64), torch.ones(1, 2, 2))
     policy = backbone(folders, "flux")
     opt = torch.optim.Adam(policy.add_lora(8), 3e-3)
-    loss, _ = preference_loss(white, policy, 50., 1, 64, 0)
+    loss = preference_loss(of_pairs(white, policy), policy, Logistic(50.))
     for k in range(12):
-        values, logs = loss(policy.net, k, 0)
+        values, logs, *_ = loss(k, 0)
         opt.zero_grad()
         values.mean().backward()
         opt.step()
@@ -123,15 +135,16 @@ def test_run(folders, tmp_path, kind, train, precision):
     ids = [p.id for split in ("train", "held_out") for p in embedded_photos(split)[:1]]
     (tmp_path/"prompts.json").write_text(json.dumps(dict.fromkeys(ids, "a tree")))
     options = BackboneOptions(control=str(folders[f"{kind}-control"]), train=train)
-    cfg = DPORun(str(tmp_path/"out"), backbone=str(folders[kind]), options=options,
-                 prompts=str(tmp_path/"prompts.json"), size=64, patch=64, places=1, take=1, m=2, n=1,
-                 reward="offline_fr", judges=("psnr_y",), groups=1, steps=2, eval_m=1, rank=4, precision=precision,
-                 loop=Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2))
-    out = train_dp2o(cfg)
-    before, after = (read_group(out/n, ids[1]) for n in ("before", "after"))
+    data = Data(size=64, places=1, take=1, prompts=str(tmp_path/"prompts.json"))
+    base = Base(str(folders[kind]), precision=precision, sample_steps=2, options=options)
+    run = Run(str(tmp_path/"out"), replace(DP2O, winners=Top(1)), data, base, rank=4, batch=1, patch=64,
+              judging=Judging("offline_fr", m=2, judges=("psnr_y",), eval_m=1),
+              loop=Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2))
+    out = align(run)
+    before, after = (read_group(out/n, ids[1]) for n in ("before", "bank-after"))
     assert before.prompt == "a tree" and (before.sr-after.sr).abs().max() > 1/255
     from srnb.curation import group_seeds
-    policy = load_backbone(cfg.backbone, options, dtype=DTYPES[precision], prompts=["a tree"])
+    policy = load_backbone(base.backbone, options, dtype=dtype_of(precision), prompts=["a tree"])
     def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
     moved = (before.sr-after.sr).abs().mean()
     rounding = 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
@@ -141,7 +154,7 @@ def test_run(folders, tmp_path, kind, train, precision):
         assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}
     assert (sample()-after.sr).abs().mean() < rounding
     (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"}))
-    with pytest.raises(ValueError, match="has none for"): train_dp2o(replace(cfg, out_dir=str(tmp_path/"lost")))
+    with pytest.raises(ValueError, match="has none for"): align(replace(run, out=str(tmp_path/"lost")))
     assert not (tmp_path/"lost").exists()
 
 
@@ -168,20 +181,20 @@ def test_hub_name_offline(monkeypatch):
 
 
 def test_out_of_memory(folders, tmp_path):
-    def loss(model, step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with pytest.raises(OutOfMemory, match="step 0 does not fit.*checkpointing.*adamw_8bit"):
-        fit(torch.nn.Linear(2, 2), loss, Loop(steps=2), tmp_path)
+    def loss(step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(DoesNotFit, match="step 0 does not fit.*checkpointing.*adamw_8bit"):
+        fit(SimpleNamespace(net=torch.nn.Linear(2, 2)), loss, Loop(steps=2), tmp_path)
 
 
 def test_eight_bits(tmp_path):
     "The 8-bit optimiser trains, and its states are bytes"
     from bitsandbytes.optim import AdamW8bit
-    net, seen = torch.nn.Linear(64, 128), []
-    def loss(model, step, part):
+    owner, seen = SimpleNamespace(net=torch.nn.Linear(64, 128)), []
+    def loss(step, part):
         seen.extend(o for o in gc.get_objects() if isinstance(o, AdamW8bit) and step == 4)
-        return model(torch.ones(4, 64)).square().mean(1), {}
+        return owner.net(torch.ones(4, 64)).square().mean(1), {}
     loop = Loop(steps=5, lr=1e-2, warmup=1, log_every=1, save_every=5, optimiser="adamw_8bit")
-    _, log = fit(net, loss, loop, tmp_path)
+    _, log = fit(owner, loss, loop, tmp_path)
     assert log.loss.iloc[-1] < log.loss.iloc[0]
     assert any(s["state1"].dtype == torch.uint8 for o in seen for s in o.state.values())
     with pytest.raises(ValueError, match="adamw, adamw_8bit"): Loop(optimiser="sgd")
@@ -189,12 +202,12 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    small = DPORun(str(tmp_path/"a"), options=BackboneOptions(guidance=2.))
-    with pytest.raises(ValueError, match="small policy"): train_dp2o(small)
-    odd = DPORun(str(tmp_path/"b"), backbone=str(folders["sd"]), size=72, patch=72)
-    with pytest.raises(ValueError, match="multiples of the network's stride 16"): train_dp2o(odd)
+    small = Run(str(tmp_path/"a"), base=Base(options=BackboneOptions(guidance=2.)))
+    with pytest.raises(ValueError, match="small policy"): align(small)
+    odd = Run(str(tmp_path/"b"), base=Base(str(folders["sd"])), data=Data(size=72), patch=72)
+    with pytest.raises(ValueError, match="multiple of the network's stride 16, got 72"): align(odd)
     (tmp_path/"p.json").write_text("[1]")
-    with pytest.raises(ValueError, match="must map ids"): DPORun(str(tmp_path/"c"), prompts=str(tmp_path/"p.json"))
+    with pytest.raises(ValueError, match="must map ids"): Data(prompts=str(tmp_path/"p.json"))
     assert not any((tmp_path/n).exists() for n in "abc")
 
 
