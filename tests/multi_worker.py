@@ -3,12 +3,12 @@ import shutil
 
 from accelerate.utils import DistributedType
 
-from srnb.align import RUNS
-from srnb.training import from_config, processes
+from srnb.train import from_json, train
+from srnb.training import processes
 
 
 def work(
-    config:dict,# of a run
+    said:dict,  # JSON of a run
     world:int,  # processes
     fsdp:bool,  # whether the network is cut up
 )->None:
@@ -17,12 +17,12 @@ def work(
     assert state.num_processes == world, state
     # Accelerate cuts networks up on accelerators alone; the CPU can as well
     if fsdp: state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    function, cfg = from_config(config, RUNS)
-    out = function(cfg)
+    run = from_json(said)
+    out = train(run)
     if not fsdp: return
     state.wait_for_everyone()
     if state.is_main_process: # take the end away
-        for name in ("adapter", "after"): shutil.rmtree(out/name)
+        for name in ("adapter", "bank-after"): shutil.rmtree(out/name)
         (out/"metrics.parquet").unlink()
     state.wait_for_everyone()
-    function(cfg)
+    train(run)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,16 +14,21 @@ from conftest import same_result
 from multi_worker import work
 from safetensors.torch import load_file
 
-from srnb.align import RUNS
-from srnb.backbones import load_backbone, write_tiny
+import srnb.train
+from srnb.align import DP2O, Adversary, Given, Hinge, Method, Own, Riesz, Run, Start, Top
+from srnb.backbones import BackboneOptions, load_backbone, write_tiny
+from srnb.config import record
 from srnb.curation import finished_groups, read_group
-from srnb.training import from_config
+from srnb.degrade import RESSHIFT_TEST
+from srnb.nets import OneStepConfig
+from srnb.onestep import CTMSRRun, Match
+from srnb.pairs import Logistic
+from srnb.runs import Base, Data, Judging
+from srnb.spectral import SobolevEnergy
+from srnb.training import Loop
 
 slow = pytest.mark.slow # the launcher itself, and a transformer, whose pieces are slow to exchange
-LOOP = dict(steps=3, parts=2, log_every=2, save_every=2, keep_every=1, lr=1e-3, warmup=1)
-WHOLE = dict(LOOP, steps=2, log_every=1)
-COMMON = dict(size=64, patch=32, places=1, take=2, m=4, n=1, steps=2, eval_m=2, rank=4, precision="no",
-              judges=["psnr_y"], reward="offline_fr", loop=LOOP)
+LOOP = Loop(steps=3, parts=2, log_every=2, save_every=2, keep_every=1, lr=1e-3, warmup=1)
 SHARED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
               FSDP_TRANSFORMER_CLS_TO_WRAP="FluxTransformerBlock,FluxSingleTransformerBlock",
               FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT")
@@ -50,39 +56,54 @@ def team(
     return both
 
 
+def said(run, out)->dict: return dict(run=type(run).__name__, config=record(run) | dict(out=str(out)))
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny, forked_for_all):
+def dp2o(tiny):
+    return Run("", replace(DP2O, winners=Top(1)), Data(size=64, places=1, take=2),
+               Base(str(tiny), precision="no", sample_steps=2),
+               Judging("offline_nr", m=4, judges=("psnr_y",), eval_m=2), LOOP, rank=4, batch=1, patch=32)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dp2o, forked_for_all):
     "name -> folders of the same run by one process and by two"
     top = tmp_path_factory.mktemp("multi")
-    dp2o = dict(COMMON, run="dp2o", backbone=str(tiny), groups=1)
-    asasr = {k: v for k, v in COMMON.items() if k not in ("m", "n", "reward")}
-    asasr |= dict(run="asasr", backbone=str(tiny), outputs=["base"], loser="riesz", adversary_rank=4, batch=2,
-                  sft=LOOP, imitation=LOOP)
-    online = dict(run="align", backbone=str(tiny), losers="policy", batch=2, every=2, capacity=3, refresh=2, cells=2)
-    ctmsr = dict(run="ctmsr", degradation="resshift_test", versions=1, max_side=160, channels=[16, 16], blocks=[1, 1],
-                 tail=8, patch=48, window=32, batch=1, size=96, eval_m=1, judges=["psnr_y"], refresh=2, take=1, first=4,
-                 last=4, precision="no", loop=dict(LOOP, ema=.9), match_loop=dict(LOOP, ema=.9))
-    flux = dict(backbone=str(top/"flux"), options=dict(train="whole", checkpointing=True), patch=64, eval_m=1, take=1,
-                loop=WHOLE)
-    configs = dict(
-        dp2o=dp2o,
-        more=dp2o | dict(loop=dict(LOOP, parts=4, ema=.5)), # two micro-batches a process
-        ctmsr=ctmsr, # processes with different numbers of forwards
-        guarded=dp2o | dict(safeguard=True),
-        asasr=asasr,
-        online=COMMON | online,
-        flux=dp2o | flux) # parameters without a gradient
+    def flux(): # parameters without a gradient
+        options = BackboneOptions(train="whole", checkpointing=True)
+        base = Base(str(write_tiny("flux", top/"flux")), precision="no", sample_steps=2, options=options)
+        return replace(dp2o, base=base, data=replace(dp2o.data, take=1), judging=replace(dp2o.judging, eval_m=1),
+                       loop=replace(LOOP, steps=2, log_every=1), patch=64)
+    def adversarial(losers):
+        method = Method(SobolevEnergy(1.5), losers=losers, link=Logistic(1e4), start=Start(LOOP))
+        return replace(dp2o, method=method, judging=Judging(None, judges=("psnr_y",), eval_m=2), batch=2)
+    def online(): return replace(dp2o, method=Method(losers=Own(2, 3, 2, 2), link=Hinge(.001)), batch=2)
+    def ctmsr(): # processes with different numbers of forwards
+        loop = replace(LOOP, ema=.9)
+        return CTMSRRun("", degradation=RESSHIFT_TEST, versions=1, max_side=160, patch=48, window=32, batch=1, size=96,
+                        net=OneStepConfig((16, 16), (1, 1), tail=8), eval_m=1, judges=("psnr_y",), take=1, first=4,
+                        last=4, precision="no", loop=loop, match=Match(refresh=2, match_loop=loop))
+    made = dict(
+        dp2o=lambda: dp2o,
+        more=lambda: replace(dp2o, loop=replace(LOOP, parts=4, ema=.5)), # two micro-batches a process
+        guarded=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True)),
+        given=lambda: adversarial(Given(("base",))),
+        riesz=lambda: adversarial(Riesz(.003)),
+        adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
+        online=online,
+        ctmsr=ctmsr,
+        flux=flux)
+    made = {name: functools.cache(make) for name, make in made.items()}
 
     @functools.cache
-    def one(name):
-        if name == "flux": write_tiny("flux", top/"flux")
-        function, cfg = from_config(configs[name] | dict(out_dir=str(top/"one"/name)), RUNS)
-        return function(cfg)
+    def one(name): return srnb.train.train(replace(made[name](), out=str(top/"one"/name)))
 
     @functools.cache
     def both(name):
-        single, fsdp, out = one("flux" if name == "fsdp" else name), name == "fsdp", top/"two"/name
-        config = configs["flux" if fsdp else name] | dict(out_dir=str(out))
+        fsdp, out = name == "fsdp", top/"two"/name
+        single = one("flux" if fsdp else name)
+        config = said(made["flux" if fsdp else name](), out)
         done = team(forked_for_all, work, config, 2, fsdp, **SHARED if fsdp else {})
         assert not any(o.wait() for o in done), "".join(o.err for o in done)
         if fsdp: assert any("resumed at step 2" in o.out for o in done)
@@ -90,7 +111,10 @@ def runs(tmp_path_factory, tiny, forked_for_all):
     return both
 
 
-@pytest.mark.parametrize("name", ["dp2o", "guarded", "asasr", "online"])
+ONE = ["dp2o", "guarded", "given", "adversary", "online", pytest.param("riesz", marks=slow)]
+
+
+@pytest.mark.parametrize("name", ONE)
 def test_two_are_one(runs, name):
     one, two = runs(name)
     same_result(one, two)
@@ -147,20 +171,19 @@ def test_bank_of_two(runs, name):
         for i in ids: assert (read_group(one, i).sr-read_group(two, i).sr).abs().max() < 1.5/255
 
 
-def test_uneven_parts(tmp_path, tiny, forked):
+def test_uneven_parts(tmp_path, dp2o, forked):
     "Three micro-batches cannot be shared by two processes, and that is said before a bank is drawn"
-    config = dict(COMMON, run="dp2o", backbone=str(tiny), loop=dict(LOOP, parts=3), out_dir=str(tmp_path/"out"))
-    (tmp_path/"c.json").write_text(json.dumps(config))
-    both = team(forked, "-m", "srnb.training", tmp_path/"c.json")
+    (tmp_path/"c.json").write_text(json.dumps(said(replace(dp2o, loop=replace(LOOP, parts=3)), tmp_path/"out")))
+    both = team(forked, "-m", "srnb.train", tmp_path/"c.json")
     assert any("cannot share the 3 micro-batches" in o.err for o in both) and not (tmp_path/"out").exists()
 
 
 @slow
-def test_torchrun(runs, tmp_path, tiny):
+def test_torchrun(runs, tmp_path, dp2o):
     "The launcher itself starts two processes, cold"
     out = tmp_path/"out"
-    (tmp_path/"c.json").write_text(json.dumps(dict(COMMON, run="dp2o", backbone=str(tiny), groups=1, out_dir=str(out))))
-    cmd = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "srnb.training"]
+    (tmp_path/"c.json").write_text(json.dumps(said(dp2o, out)))
+    cmd = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "srnb.train"]
     env = os.environ | dict(ACCELERATE_USE_CPU="true")
     done = subprocess.run([sys.executable, *cmd, str(tmp_path/"c.json")], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
