@@ -62,9 +62,10 @@ def run(command:str, cwd:Path, env:dict)->None:
 
 def test_every_kind_is_run_here():
     "A command that README gains must be run below"
-    kinds = [re.search(r"\bmake\b|papermill|srnb upscale|echo|accelerate launch", o) for o in FOUND]
+    known = "make", "papermill", "srnb upscale", "srnb train", "echo", "accelerate launch"
+    kinds = [re.search("|".join(rf"\b{o}\b" for o in known), o) for o in FOUND]
     assert FOUND and all(kinds), [o for o, k in zip(FOUND, kinds, strict=True) if not k]
-    assert {"make", "papermill", "srnb upscale", "echo", "accelerate launch"} == {k[0] for k in kinds}
+    assert {*known} == {k[0] for k in kinds}
 
 
 @pytest.mark.parametrize("command", [o for o in FOUND if o.startswith("make ")])
@@ -92,9 +93,9 @@ def test_parameters(command, root):
 def test_papermill(command, root, tmp_path, places, clean_env):
     env, small = dict(clean_env, IN_TEST="1"), ""
     if "-p backbone sd2" in command:
-        small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p steps 2"
+        small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p sample_steps 2"
     if "compare_upscalers" in command: # which in a test leaves the checkpoint out
-        small, env = f" -p size 64 -p take 1 -p out_dir {tmp_path}/compare", clean_env
+        small, env = f" -p size 64 -p take 1 -p out {tmp_path}/compare", clean_env
     for name in ("path/to/folder", "path/to/checkpoint.pth", "path/to/controlnet"):
         command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
@@ -112,6 +113,28 @@ def test_upscale(command, tmp_path, clean_env):
     assert len(made) == 3 and made["photo"] == (80, 64) and set(made.values()) == {(80, 64), (96, 80)}
 
 
+LESS = dict(size=64, patch=32, m=4, n=1, steps=1, parts=1, sample_steps=2, eval_m=2, take=2, places=1, precision="no")
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb train" in o and "--help" not in o])
+def test_train(command, tmp_path, places, tiny, forked):
+    "The run of the command line, made small"
+    from srnb.config import fill
+    from srnb.train import run_of, train
+    words = shlex.split(command.replace("path/to/folder", places["path/to/folder"]))[2:]
+    out = train(fill(run_of(words), LESS | dict(out=str(tmp_path/"run"), backbone=str(tiny))))
+    assert (out/"metrics.parquet").exists()
+    done = forked("-c", "from srnb.command import main; raise SystemExit(main())", "train", out/"config.json",
+                  "--out", out) # the same run by the command: it is done
+    assert done.wait() == 0 and "is done" in done.out, done.err
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb train" in o and "--help" in o])
+def test_help(command, forked):
+    done = forked("-c", "from srnb.command import main; raise SystemExit(main())", *shlex.split(command)[1:])
+    assert done.wait() == 0 and "--loop.steps" in done.out, done.err
+
+
 @pytest.fixture
 def launch(root, tmp_path, places, tiny, clean_env)->list[str]:
     "The words of the launch; its config is written as README writes it, then made small"
@@ -119,9 +142,7 @@ def launch(root, tmp_path, places, tiny, clean_env)->list[str]:
     assert len(echo) == len(launch) == 1
     run(echo[0], tmp_path, clean_env)
     config = json.loads((tmp_path/"config.json").read_text())
-    less = dict(out_dir=str(tmp_path/"run"), backbone=str(tiny), photos=[places["path/to/folder"]], size=64, patch=32,
-                m=4, n=1, steps=2, eval_m=2, take=2, places=1, precision="no")
-    less["loop"] = config["loop"] | dict(steps=1, parts=1)
+    less = dict(LESS, out=str(tmp_path/"run"), backbone=str(tiny), photos=[places["path/to/folder"]])
     (tmp_path/"config.json").write_text(json.dumps(config | less))
     return [str(root/o) if o.endswith(".yaml") else o for o in shlex.split(launch[0])]
 
