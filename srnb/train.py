@@ -63,7 +63,8 @@ def plan_of(
     if (architecture := known.get(backbone)) is None: return ""
     losers, options = run.method.losers, run.base.options
     frozen = 1 + (run.method.start is not None) + isinstance(losers, (Adversary, Own)) # other adapters
-    way = Training(None if options.train == "whole" else attention_layers, run.rank, options.checkpointing, frozen=frozen)
+    layers = None if options.train == "whole" else attention_layers
+    way = Training(layers, run.rank, options.checkpointing, frozen=frozen)
     pairs = run.batch*getattr(run.method.winners, "n", 1)
     return f"{plan(architecture, run.data.size)}\n{plan(architecture, run.patch, pairs, way)}"
 
