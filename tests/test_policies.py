@@ -123,7 +123,7 @@ def test_a_policy_keeps_its_sampler(tmp_path):
 @pytest.mark.parametrize("name", ["small", "first"])
 def test_shipped_base_has_not_seen_the_embedded_photographs(name):
     from srnb.policies import policy_folder
-    from srnb.training import check_unseen
+    from srnb.runs import check_unseen
     assert len((policy_folder(name)/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
     check_unseen(policy_folder(name), embedded_photos())
 
@@ -135,8 +135,7 @@ def test_a_bases_record_is_of_its_weights(name):
     from srnb.curation import fingerprint, group_seeds
     from srnb.data import make_pair
     from srnb.degrade import RESSHIFT_TEST
-    from srnb.rewards import score_group
-    from srnb.training import METRICS
+    from srnb.rewards import PSNR_Y, score_group
     config, metrics = read_run(project_root()/f"nbs/_records/base_{name}")
     p, policy = config["params"], from_pretrained(name)
     assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"]
@@ -145,6 +144,6 @@ def test_a_bases_record_is_of_its_weights(name):
     lq, gt = make_pair(photo, p["size"], RESSHIFT_TEST)
     rows = metrics[(metrics.metric == "psnr_y") & (metrics.image == photo.id)].set_index(["variant", "seed"]).value
     sr = policy.sample(lq[None], group_seeds(photo.id, 2, p["seed"]), steps=p["steps"])[0]
-    again = score_group([METRICS["psnr_y"]], sr, gt)["psnr_y"]
+    again = score_group([PSNR_Y], sr, gt)["psnr_y"]
     recorded = torch.tensor([rows["sample", 0], rows["sample", 1]])
     assert abs(again-recorded).max() < .02 # the record's arithmetic is bfloat16
