@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_file', 'from_file', 'constants', 'name_of', 'nearest', 'family', 'coerced', 'Checked', 'record', 'own_files',
-           'revive', 'leaves', 'fill', 'parameters']
+           'revive', 'leaves', 'as_rows', 'fill', 'parameters']
 
 # %% ../nbs/05_config.ipynb #05-config-003
 import difflib
@@ -228,6 +228,13 @@ def leaves(
         found[at] = f.type, value
         if is_dataclass(value) and name_of(value) is None: found |= leaves(value, changes, f"{at}.")
     return found
+
+def as_rows(
+    run, # a dataclass of dataclasses
+)->dict: # path -> JSON types; a choice by the name of its class
+    "A run as the rows of a table"
+    def said(v): return type(v).__name__ if is_dataclass(v) and name_of(v) is None else record(v)
+    return {p: said(v) for p, (_, v) in leaves(run).items()}
 
 def _changed(run, changes:dict, path:str=""): # every dataclass made once, from all of its new values
     def value(n):
