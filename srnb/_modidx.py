@@ -477,6 +477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.nets.load_net': ('nets.html#load_net', 'srnb/nets.py'),
                            'srnb.nets.save_net': ('nets.html#save_net', 'srnb/nets.py')},
             'srnb.onestep': { 'srnb.onestep.BaseRun': ('onestep.html#baserun', 'srnb/onestep.py'),
+                              'srnb.onestep.BaseRun.check': ('onestep.html#baserun.check', 'srnb/onestep.py'),
                               'srnb.onestep.CTMSRRun': ('onestep.html#ctmsrrun', 'srnb/onestep.py'),
                               'srnb.onestep.CTMSRRun.check': ('onestep.html#ctmsrrun.check', 'srnb/onestep.py'),
                               'srnb.onestep.CTMSRRun.stage1': ('onestep.html#ctmsrrun.stage1', 'srnb/onestep.py'),

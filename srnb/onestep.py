@@ -109,6 +109,8 @@ class Match(Checked):
     def check(self):
         self.at_least(1, "refresh")
         self.at_least(0, "weight")
+        if self.match_loop.keep_every:
+            raise ValueError(f"Match.match_loop keeps a copy every refresh = {self.refresh} steps: leave keep_every out")
 
     @property
     def gap_of(self)->Callable|None:
@@ -184,6 +186,10 @@ class BaseRun(Patches):
     "A supervised base from photographs"
     net:UNetConfig = UNetConfig()
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50)
+    def check(self):
+        super().check()
+        if self.net.scale != 4:
+            raise ValueError(f"BaseRun.net: photographs are made four times smaller, got scale = {self.net.scale}")
 
 def train_base(
     run:BaseRun,
@@ -209,7 +215,8 @@ def train_base(
     policy.net = policy.net.cpu()
     if state.is_main_process:
         write_table(out/"log.parquet", log)
-        write_json(out/"policy"/"photos.json", sorted(p.sha256 for p in photos)) # what this base has seen
+        seen = {p.sha256 for p in photos} | (seen_by(run.init) if run.init else set())
+        write_json(out/"policy"/"photos.json", sorted(seen)) # by this base, and by the one that it started from
         save_pretrained(policy, out/"policy")
     state.wait_for_everyone()
     return out
