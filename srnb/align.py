@@ -50,14 +50,14 @@ class Work:
         self.run, self.policy, self.crops, self.probes, self.device = run, policy, crops, probes, device
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.ids, self.steps = [i for i, _, _ in crops], sample_steps(run, policy)
+        self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
         self.prompts, self.probe_prompts = (prompts_of(run.data.prompts, [i for i, _, _ in o]) for o in (crops, probes))
         self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data))
         self.base, self.on, self.off = fingerprint(policy), (), () # folders of adapters, by name
 
     def sample(self, folder:Path, policy:Policy, crops:list, m:int, prompts)->Path:
         "A bank of samples; processes share the groups"
-        sampler = policy.sampler if self.run.base.sampler == "own" else SAMPLERS[self.run.base.sampler]
-        return make_bank(folder, policy, crops, m, self.steps, sampler, note=self.note, prompts=prompts)
+        return make_bank(folder, policy, crops, m, self.steps, self.sampler, note=self.note, prompts=prompts)
 
     @cached_property
     def bank(self)->Path: # of the training crops
@@ -86,11 +86,11 @@ class Work:
     def outputs(self, names:tuple[str, ...], held_out:bool=False)->list[Group]:
         "Outputs of other models, in place of samples"
         def own(lq): # of the bare base, whatever adapters there are by now
-            with self.policy.using(): return self.policy.sample(lq, [0], self.steps)[:, 0]
+            with self.policy.using(): return self.policy.sample(lq, [0], self.steps, self.sampler)[:, 0]
         models = {n: BASELINES.get(n, own) for n in names}
         name, crops = ("held_out_outputs", self.probes) if held_out else ("outputs", self.crops)
         told = self.probe_prompts if held_out else self.prompts
-        note = dict(self.note, steps=self.steps, base=self.base)
+        note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         folder = make_outputs(self.home/name, models, crops, note, told)
         return [read_group(folder, i) for i, _, _ in crops]
 

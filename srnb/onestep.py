@@ -110,7 +110,8 @@ class Match(Checked):
         self.at_least(1, "refresh")
         self.at_least(0, "weight")
         if self.match_loop.keep_every:
-            raise ValueError(f"Match.match_loop keeps a copy every refresh = {self.refresh} steps: leave keep_every out")
+            raise ValueError("Match.match_loop: refresh says when a copy is kept, leave out keep_every, got "
+                             f"{self.match_loop.keep_every}")
 
     @property
     def gap_of(self)->Callable|None:

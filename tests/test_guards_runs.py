@@ -5,157 +5,235 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
+from typing import get_args
 
 import pandas as pd
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from srnb import core, data
 from srnb.adversary import adversary_loser
-from srnb.backbones import BackboneOptions
+from srnb.align import Method, cost
 from srnb.baselines import BASELINES
+from srnb.config import fill, leaves
 from srnb.core import bicubic, check_close, generator, to_pil
 from srnb.curation import finished_groups, group_seeds, hpo_weights, read_group, top_bottom
 from srnb.data import embedded_photos, find_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST, SEESR
 from srnb.nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
+from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
 from srnb.paths import SAMPLERS, VPV, Shift
 from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_pretrained
-from srnb.rewards import PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Reward, hybrid, score_group
-from srnb.rewards import GlobalBounds, GroupMinMax # isort: skip
+from srnb.rewards import (PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax, Reward, hybrid,
+                          score_group)
+from srnb.runs import Data
 from srnb.spectral import l2_energy
+from srnb.train import presets, train
+from srnb.training import Loop, fit, latest_checkpoint
 
-# ---------------------------------------------------------------- today's interface: who changes it changes this part
+# ---------------------------------------------------------------- the kinds of run, small
 
-from srnb.align import AlignRun, train_align # noqa: E402  isort: skip
-from srnb.consistency import trajectory_gap # noqa: E402  isort: skip
-from srnb.onestep import CTMSRRun, onestep_loss, train_ctmsr # noqa: E402  isort: skip
-from srnb.training import ASASRRun, DPORun, Loop, SFTRun, train_asasr, train_dp2o, train_sft # noqa: E402  isort: skip
-from srnb.training import evaluate_base, fit, latest_checkpoint # noqa: E402  isort: skip
-
-RUNS = dict(sft=(SFTRun, train_sft), dp2o=(DPORun, train_dp2o), asasr=(ASASRRun, train_asasr),
-            align=(AlignRun, train_align), ctmsr=(CTMSRRun, train_ctmsr))
-PLACES = {"out_dir", "banks"} # fields that name places alone
+FEW = dict(steps=2, lr=1e-2, warmup=1, decay=0., save_every=2, log_every=1, keep_every=0, ema=0.)
 
 
-def make_run(kind, out, **changes): return RUNS[kind][0](str(out), **changes)
-def do(run): return next(f for c, f in RUNS.values() if isinstance(run, c))(run)
-def fields_of(kind): return {f.name for f in fields(RUNS[kind][0])}
-def field_of(run, name): return getattr(run, name)
-def fitted(net, loss, loop, folder, backward=None, memory=None): return fit(net, loss, loop, folder, backward, memory)
-def newest(folder): return latest_checkpoint(folder)
-def judge_base(out, **what): return evaluate_base(out, **what)
+def below(path, values): return {f"{path}.{k}": v for k, v in values.items()}
 
 
-def matching_step(pool, policy):
-    "The loss of one micro-batch of CTMSR's second stage"
-    def lpips(a, b): return (a-b).square().mean((1, 2, 3))
-    loss = onestep_loss(pool, policy, 2, 32, 16, 0, lambda step: 3, lpips, trajectory_gap, lambda step: policy)
-    return loss(policy.net, 0, 0)
+def aligned(w):
+    photos = {"data.photos": (w["train"],), "data.held_out": (w["held"],), "data.size": 64, "data.places": 1}
+    base = {"base.backbone": w["tiny"], "base.precision": "no", "base.sample_steps": 2}
+    judging = {"judging.m": 4, "judging.reward": None, "judging.judges": ("psnr_y",), "judging.eval_m": 2}
+    return photos | base | judging | dict(rank=2, batch=1, patch=32) | below("loop", FEW)
 
 
-FEW = Loop(steps=2, lr=1e-2, warmup=1, save_every=2, log_every=1, keep_every=1)
-FASTER = replace(FEW, lr=2e-2)
+def by_reward(w): return aligned(w) | {"judging.reward": "offline_nr", "method.winners.n": 2, "method.link.kappa": 10.}
 
 
-def common(w):
-    return dict(backbone=w["tiny"], photos=(w["train"],), held_out=(w["held"],), size=64, places=1, patch=32, steps=2,
-                eval_m=2, rank=2, judges=("psnr_y",), precision="no", loop=FEW)
+def imitated(w):
+    losers = {"method.losers.outputs": ("bicubic", "base"), "method.losers.adversary_rank": 3}
+    loops = below("method.losers.imitation", FEW) | below("method.start.start_loop", FEW)
+    return aligned(w) | losers | loops | {"method.link.kappa": 100.}
 
 
-def align(w):
-    return common(w) | dict(m=4, n=2, batch=1, reward="offline_nr", cells=2, every=2, capacity=4, refresh=2, kappa=10.,
-                            gate=1.)
+def online(w):
+    losers = below("method.losers", dict(every=2, capacity=4, refresh=2, cells=2))
+    return aligned(w) | losers | {"method.link.gate": 1., "loop.steps": 3, "batch": 2}
+
+
+def patches(w):
+    return dict(photos=(w["train"],), degradation="resshift_test", versions=1, max_side=112, patch=32, batch=2,
+                precision="no") | below("loop", FEW)
 
 
 def small_net(w):
-    return dict(photos=(w["train"],), degradation="resshift_test", versions=1, max_side=112, channels=(16, 16),
-                blocks=(1, 1), patch=32, batch=2, precision="no", loop=FEW)
+    return patches(w) | below("net", dict(channels=(16, 16), blocks=(1, 1), emb=16, mean_channels=8, mean_blocks=1))
 
 
-def one_step(w):
-    return small_net(w) | dict(held_out=(w["held"],), tail=8, window=24, size=64, eval_m=2, judges=("psnr_y",),
-                               match_loop=FEW)
+def matched(w):
+    return patches(w) | dict(held_out=(w["held"],), window=24, size=64, eval_m=2, judges=("psnr_y",)) | below(
+        "match.match_loop", FEW)
 
 
-def continued(w):
-    return {k: v for k, v in one_step(w).items() if k not in ("channels", "blocks", "tail")} | dict(init=w["onestep"])
+def one_step(w): return matched(w) | below("net", dict(channels=(16, 16), blocks=(1, 1), emb=16, tail=8))
 
 
-SETTINGS = dict( # name -> kind of run, and how it is set up
-    sft=("sft", lambda w: small_net(w) | dict(mean_channels=8, mean_blocks=1)),
-    dp2o=("dp2o", lambda w: common(w) | dict(m=4, n=2, groups=1, reward="offline_nr", kappa=10.)),
-    asasr=("asasr", lambda w: common(w) | dict(outputs=("bicubic", "base"), batch=1, adversary_rank=3, kappa=100.,
-                                               sft=FEW, imitation=FEW)),
-    riesz=("asasr", lambda w: SETTINGS["asasr"][1](w) | dict(loser="riesz", radius=.05)),
-    bottom=("align", lambda w: align(w) | dict(winners="top", losers="bottom", link="logistic")),
-    own=("align", lambda w: align(w) | dict(winners="expert", losers="policy", link="hinge", batch=2,
-                                            loop=replace(FEW, steps=3))),
-    adversary=("align", lambda w: align(w) | dict(winners="photograph", losers="adversary", link="logistic",
-                                                  outputs=("bicubic", "base"), adversary_rank=3, imitation=FEW)),
-    ctmsr=("ctmsr", one_step),
-    continued=("ctmsr", continued))
-ONE = dict(n=1, hpo="none") # one winner and one loser, whose weight is 1
+GIVEN = {"method.losers": {"is": "Given", "outputs": ["bicubic", "base"]}, "method.start": None}
+SETTINGS = dict( # name -> preset, the choices that make another method of it, how it is made small
+    dp2o=("dp2o", {}, by_reward), asasr=("asasr", {}, imitated), dro=("dro", {}, online), dpo=("dpo", {}, aligned),
+    sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
+    given=("asasr", GIVEN, lambda w: aligned(w) | {"method.link.kappa": 100.}),
+    riesz=("asasr", {"method.losers": {"is": "Riesz", "radius": .05}, "method.start": None},
+           lambda w: aligned(w) | {"method.link.kappa": 100.}),
+    expert=("dro", {"method.winners": {"is": "Expert", "n": 2}},
+            lambda w: online(w) | {"judging.reward": "offline_fr"}),
+    gated=("sft", {"method.link": {"is": "Hinge", "gate": 1.}}, aligned),
+    warm=("base", {}, lambda w: patches(w) | dict(init=w["tiny"])),
+    continued=("ctmsr", {}, lambda w: matched(w) | dict(init=w["onestep"])))
+PRESETS = [n for n, o in SETTINGS.items() if n == o[0]]
+ALIGNED = [n for n in SETTINGS if n not in ("base", "ctmsr", "warm", "continued")]
+ONE = {"method.winners.n": 1, "method.losers.intra": False, "method.losers.inter": False} # one pair, of weight 1
 
 
-def given(name): return lambda w: w[name]
-def folder(name): return lambda w: (w[name],)
+def shape(setting):
+    "A setting as it is before it is made small"
+    preset, choices, _ = SETTINGS[setting]
+    return fill(presets()[preset][1], choices)
 
 
-# setting -> field -> another value, or what gives one from the folders; what must differ then ("error": it is refused)
-PICTURES = dict( # of every run on a small policy
-    backbone=(given("tiny2"), "before after metrics"), photos=(folder("others"), "bank adapter"),
-    held_out=(folder("others_held"), "before after metrics"), degradation=("seesr", "bank before after"),
-    size=(80, "bank before after"), places=(2, "bank adapter"), steps=(3, "before after"),
-    eval_m=(3, "before after metrics"), judges=(("ssim_y",), "metrics"), precision=("bf16", "before after adapter"),
-    take=(1, "bank before adapter"), seed=(1, "log adapter"), rank=(3, "adapter"), patch=(24, "log adapter"),
-    loop=(FASTER, "log adapter"), options=(BackboneOptions(guidance=2.), "error"), prompts=(given("prompts"), "error"))
+def paths_of(setting): # of its fields; a dataclass that is no choice is what is below it
+    return [path for path, (kind, _) in leaves(shape(setting)).items() if not is_dataclass(kind)]
+
+
+# ---------------------------------------------------------------- another value of every field
+
+def given(name): return lambda w, run: w[name]
+def folder(name): return lambda w, run: (w[name],)
+
+
+def four_updates(w, run):
+    "A budget that pays for four updates, on two crops"
+    before, update = cost(run, 2, run.base.sample_steps)
+    return math.ceil(before+4*update)
+
+
+def looped(path, weights, log, kept, large=()):
+    """Fields of a loop, and where they show; `large`: what gives it 4,096 weights in one tensor, which 8 bits need. How
+    often it saves is seen where one is stopped, see `fit` below"""
+    other = dict(steps=(4, log), lr=(2e-2, weights), warmup=(2, weights), decay=(.9, weights), parts=(2, weights),
+                 weight_decay=(.5, weights), clip=(1e-3, weights), ema=(.9, weights), save_every=(1, ""),
+                 log_every=(2, log), keep_every=(1, kept), optimiser=("adamw_8bit", weights.split()[0], dict(large)))
+    return below(path, other)
+
+
+# path -> another value, or what gives one from the folders and the run; what must differ then ("!": it is refused);
+# what else the run needs so that the field decides something
+SOBOLEV = {"method.energy.s": 1.5}
+NONE = "!options are for a backbone"
+EVERY = { # of every Run
+    "method.energy.s": (.7, "log"), "method.energy.frequency": ("radian", "log", SOBOLEV),
+    "method.energy.unit_mean": (False, "log", SOBOLEV), "method.energy.mean": (False, "log"),
+    "method.start": ({"start_loop": FEW}, "reference before log adapter"), "method.safeguard": (True, "log"),
+    "method.link.kappa": (20., "log"),
+    "data.photos": (folder("others"), "bank adapter"), "data.held_out": (folder("others_held"), "before after metrics"),
+    "data.degradation": ("seesr", "bank before after"), "data.size": (80, "bank before after"),
+    "data.places": (2, "bank adapter"), "data.take": (1, "bank before adapter"),
+    "data.prompts": (given("prompts"), "!prompts must be empty"),
+    "base.backbone": (given("tiny2"), "bank before after metrics"), "base.path": ("vp_eps", "bank before after log"),
+    "base.precision": ("bf16", "before after adapter"), "base.sampler": ("ab2", "bank before after"),
+    "base.sample_steps": (3, "bank before after"),
+    "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
+    "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
+    "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
+    "base.options.texts": ("folder", NONE), "base.options.prediction": ("epsilon", NONE),
+    "base.options.checkpointing": (True, NONE), "base.options.tile_vae": (True, NONE),
+    "judging.reward": ("offline_nr", "bounds metrics"), "judging.m": (5, "samples", {"judging.reward": "offline_nr"}),
+    "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
+    "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
+    "budget": (four_updates, "log adapter kept"),
+    "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
+    } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
     photos=(folder("others"), "log policy"), degradation=("seesr", "log policy"), versions=(2, "log policy"),
-    max_side=(64, "log policy"), channels=((16, 32), "policy"), blocks=((1, 2), "policy"), patch=(24, "log policy"),
-    batch=(3, "log policy"), seed=(1, "log policy"), precision=("bf16", "log policy"), loop=(FASTER, "policy"))
-TABLE = dict(
-    sft=PATCHES | dict(mean_channels=(16, "policy"), mean_blocks=(2, "policy"), init=(given("tiny"), "policy")),
-    dp2o=PICTURES | dict(
-        path=("vp_eps", "bank before after log"), sampler=("ab2", "bank before after"), m=(5, "bank log"),
-        n=(1, "log adapter"), reward=("offline_fr", "bounds log metrics"), normaliser=("global", "log"),
-        hpo=("none", "log"), kappa=(20., "log"), groups=(2, "log adapter"), safeguard=(True, "log")),
-    asasr={f: (v, where.replace("bank", "outputs")) for f, (v, where) in PICTURES.items()} | dict(
-        outputs=(("base",), "outputs adversary adapter"), loser=("given", "log adapter"), lam=(.1, "log adapter"),
-        s=(0., "log adapter"), frequency=("radian", "log adapter"), unit_mean=(False, "log"), kappa=(200., "log"),
-        rank=(3, "reference adapter"), adversary_rank=(4, "adversary log"), batch=(3, "reference adversary log"),
-        patch=(24, "reference adversary log"), seed=(1, "adversary log adapter"), drift=(1e-9, "drift adapter"),
-        sft=(FASTER, "reference"), imitation=(FASTER, "adversary")),
-    riesz=dict(radius=(.1, "log adapter")),
-    bottom=PICTURES | dict(
-        m=(5, "bank log"), n=(1, "log adapter"), reward=("offline_fr", "bounds log metrics"), hpo=("none", "log"),
-        kappa=(20., "log"), safeguard=(True, "log"), s=(1.5, "log adapter"), batch=(2, "log adapter"),
-        budget=(16+3*4, "log adapter"), drift=(1e-9, "drift matched metrics"), link=("hinge", "log"),
-        losers=("policy", "log adapter"), pairs=(given("pairs"), "log adapter")),
-    own=dict(
-        winners=("top", "log adapter"), gate=(2., "log"), every=(1, "log"), capacity=(2, "log"), refresh=(1, "log"),
-        cells=(3, "log")),
-    adversary=dict(
-        outputs=(("base",), "outputs adversary log"), adversary_rank=(4, "adversary log"),
-        imitation=(FASTER, "adversary log"), seed=(1, "adversary adapter")),
-    ctmsr=PATCHES | dict(
-        held_out=(folder("others_held"), "after metrics"), size=(80, "after metrics"), eval_m=(3, "after metrics"),
-        judges=(("ssim_y",), "metrics"), take=(1, "log policy after"), tail=(16, "policy"), first=(5, "log"),
-        last=(2, "log"), match=("sds", "log policy"), match_weight=(.8, "log policy"), weight_inside=(False, "log"),
-        refresh=(1, "log"), lpips_weight=(.9, "log policy"), window=(32, "log policy"), match_loop=(FASTER, "policy")),
-    continued=dict(init=(given("onestep2"), "log policy")))
-OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary"} # a run that must differ there shares nothing
-NAMES = {"bank-after": "after", "held_out": "after"} # folders that another kind calls otherwise
+    max_side=(64, "log policy"), patch=(24, "log policy"), batch=(3, "log policy"), seed=(1, "log policy"),
+    precision=("bf16", "log policy"), init=(given("tiny"), "!leave net out")
+    ) | below("net", dict(channels=((16, 32), "policy"), blocks=((1, 2), "policy"), emb=(32, "policy")))
+OWN = { # of one setting
+    "dp2o": {
+        "method.winners": ({"is": "Expert", "n": 2}, "!Bottom lose to Top"),
+        "method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log"),
+        "method.losers": ({"is": "Own", "cells": 2}, "log adapter"), "method.losers.intra": (False, "log"),
+        "method.losers.inter": (False, "log"), "method.losers.pairs": (given("pairs"), "log adapter"),
+        "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.link.kappa": (20., "log"),
+        "method.safeguard": (True, "log adapter"), "judging.reward": ("offline_fr", "bounds log metrics")},
+    "asasr": {
+        "method.winners": ({"is": "Top", "n": 2}, "!Adversary lose to Photograph"),
+        "method.losers": ({"is": "Riesz"}, "log adapter"), "method.losers.lam": (.1, "log adapter"),
+        "method.losers.outputs": (("base",), "bank adversary adapter"),
+        "method.losers.adversary_rank": (4, "adversary log"), "method.link": ({"is": "Hinge", "gate": 1.}, "log"),
+        "method.link.kappa": (200., "log"), "method.start": (None, "before log adapter"),
+        "method.energy.frequency": ("radian", "log adapter"), "method.energy.unit_mean": (False, "log"),
+        "rank": (3, "reference adapter"),
+        "batch": (3, "reference adversary log"), "patch": (24, "reference adversary log"),
+        "seed": (1, "adversary log adapter")
+        } | looped("method.losers.imitation", "adversary adapter", "adversary", "adversary",
+                   {"method.losers.adversary_rank": 32})
+          | looped("method.start.start_loop", "reference before adapter", "reference", "reference", dict(rank=32)),
+    "dro": {
+        "method.winners": ({"is": "Top", "n": 2}, "log adapter", {"judging.reward": "offline_nr"}),
+        "data.take": (1, "before adapter", {"loop.steps": 6}),
+        "method.losers": ("Samples", "log adapter"), "method.losers.every": (1, "log"),
+        "method.losers.capacity": (2, "log"), "method.losers.refresh": (1, "log"), "method.losers.cells": (3, "log"),
+        "method.link": ("Logistic", "log"), "method.link.gate": (2., "log")},
+    "dpo": {
+        "method.winners": ({"is": "Top", "n": 2}, "!Samples lose to Photograph", {"judging.reward": "offline_nr"}),
+        "method.losers": ({"is": "Given", "outputs": ["bicubic"]}, "log adapter"),
+        "method.link": ({"is": "Hinge", "gate": 1.}, "log")},
+    "sft": {
+        "method.winners": ({"is": "Top", "n": 2}, "log adapter", {"judging.reward": "offline_nr"}),
+        "method.losers": ({"is": "Own", "cells": 2}, "!Own go with Logistic or Hinge"),
+        "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.safeguard": (True, "!there are no losers")},
+    "riesz": {"method.losers.radius": (.1, "log adapter")},
+    "given": {"method.losers.outputs": (("base",), "bank log adapter")},
+    "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
+    "gated": {"method.link.gate": (2., "log")},
+    "base": PATCHES | looped("loop", "policy", "log", "kept") | {
+        "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
+    "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
+        init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),
+        size=(80, "after metrics"), eval_m=(3, "after metrics"), judges=(("ssim_y",), "metrics"),
+        take=(1, "log policy after"), first=(5, "log"), last=(2, "log"), lpips_weight=(.9, "log policy"),
+        window=(32, "log policy")) | below("match", dict(
+            gap=("sds", "log policy"), weight=(.8, "log policy"), inside=(False, "log"), refresh=(1, "log"))
+            ) | looped("match.match_loop", "policy", "log", "!refresh") | {
+        "net.tail": (16, "policy"), "net.scale": (2, "!scale 2")},
+    "warm": dict(init=(given("tiny2"), "log policy")), "continued": dict(init=(given("onestep2"), "log policy"))}
+TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[s][0], {}) | OWN.get(s, {})
+         for s in SETTINGS}
+PLACES = {"out", "banks"} # fields that name places alone
+BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank") # what is made of training crops
+OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary", "stage1"} # who must differ there shares nothing
+NAMES = {"bank-after": "after", "held_out": "after", "started-before": "before", "reference-adversary": "adversary"}
+
+
+def marked(setting, path):
+    "A test's parameter: slow where the code that reads the field is that of another setting, which is fast"
+    *_, top, name = "", *path.split(".")
+    loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
+    fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
+    return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.slow)
 
 
 def bank_of(setting, run, what):
     "The bank of a run's training crops, or of its held-out photographs before or after"
-    (out, shared, _), kind = run, SETTINGS[setting][0]
-    if what == "crops": return shared/("outputs" if kind == "asasr" else "bank")
-    if what == "before": return shared/("before" if shared == out else "before-2")
-    return out/dict(dp2o="after", asasr="after", align="bank-after", ctmsr="held_out")[kind]
+    out, shared, _ = run
+    if what == "crops": return shared/BANK[setting]
+    if what == "before" and shared != out: return shared/f"{'started-' if setting == 'asasr' else ''}before-2"
+    if what == "before": return out/"before"
+    return out/("held_out" if SETTINGS[setting][0] == "ctmsr" else "bank-after")
 
 
 def policies_of(setting, w, run, path=None):
@@ -163,14 +241,13 @@ def policies_of(setting, w, run, path=None):
     out, shared, _ = run
     def base():
         policy = from_pretrained(w["tiny"], path)
-        if SETTINGS[setting][0] != "asasr": return policy
-        return load_adapter(policy, shared/"reference"/"adapter", "reference")
+        return policy if setting != "asasr" else load_adapter(policy, shared/"reference"/"adapter", "reference")
     return base(), load_adapter(base(), out/"adapter")
 
 
 PEOPLE = """
 import torch
-from srnb.training import Pairs
+from srnb.pairs import Pairs
 def chosen():
     g, shapes = torch.Generator().manual_seed(0), ((3, 16, 16), (1, 3, 64, 64), (1, 3, 64, 64))
     lq, w, l = (torch.randint(0, 256, (2, *s), generator=g, dtype=torch.uint8) for s in shapes)
@@ -213,8 +290,8 @@ def traces(*folders):
         for f in sorted(top.rglob("*")):
             parts = f.relative_to(top).parts
             if f.suffix not in (".parquet", ".safetensors") and f.name != "bounds.json": continue
-            if {"scores", "kept"} & set(parts) or any(o.startswith("checkpoint") for o in parts): continue
-            name = re.sub(r"-\d.*", "", parts[0].split(".")[0])
+            if "scores" in parts or any(o.startswith("checkpoint") for o in parts): continue
+            name = re.sub(r"-(\d.*|[0-9a-f]{16})$", "", parts[0].split(".")[0])
             found.setdefault(NAMES.get(name, name), []).append((parts[1:], hashlib.sha256(f.read_bytes()).hexdigest()))
     return {n: sorted(o) for n, o in found.items()}
 
@@ -223,17 +300,18 @@ class Runs:
     "Each run is done once: its folder, that of what it shares, and its traces"
     def __init__(self, world, top): self.world, self.top, self.done, self.begun = world, top, {}, 0
 
-    def make(self, setting, shared=False, **changes):
-        "A config, in a folder of its own"
-        (kind, given), self.begun = SETTINGS[setting], self.begun+1
-        if shared and "banks" in fields_of(kind): changes["banks"] = str(self.top/f"banks-{setting}")
-        return make_run(kind, self.top/f"run{self.begun}", **given(self.world) | changes)
+    def make(self, setting, shared=False, changes=()):
+        "A run, in a folder of its own"
+        run, self.begun = shape(setting), self.begun+1
+        places = dict(out=str(self.top/f"run{self.begun}"))
+        if shared and "banks" in leaves(run): places["banks"] = str(self.top/f"banks-{setting}")
+        return fill(fill(run, SETTINGS[setting][2](self.world)), dict(changes) | places) # small first, then another
 
-    def run(self, setting, shared=False, **changes):
-        key = setting, shared, repr(changes)
+    def run(self, setting, shared=False, changes=()):
+        key = setting, shared, repr(changes or {})
         if key not in self.done:
-            run = self.make(setting, shared, **changes)
-            out, banks = do(run), self.top/f"banks-{setting}"
+            run = self.make(setting, shared, changes)
+            out, banks = train(run), self.top/f"banks-{setting}"
             banks = banks if shared and banks.exists() else out
             if not self.done: # a run asks the collector several times, which would look at everything that was imported
                 gc.collect()
@@ -243,12 +321,23 @@ class Runs:
 
     def base(self, setting): return self.run(setting, shared=True)
 
-    def changed(self, setting, field):
-        "The run whose one field has another value"
-        value, where = TABLE[setting][field]
-        if callable(value): value = value(self.world)
-        assert field_of(self.make(setting), field) != value
-        return self.run(setting, not OWN_BANKS & set(where.split()), **{field: value})
+    def changed(self, setting, path):
+        "Traces of two runs that differ in one field alone"
+        value, where, *extra = TABLE[setting][path]
+        extra = extra[0] if extra else {}
+        run = self.make(setting, changes=extra)
+        if callable(value): value = value(self.world, run)
+        assert leaves(run)[path][1] != value
+        refused = where.startswith("!") # and nobody shall find what such a run has left
+        shared = not (extra or refused or OWN_BANKS & set(words(setting, where)))
+        after = self.run(setting, bool(where) and shared, extra | {path: value})
+        return self.run(setting, not extra, extra)[2], after[2]
+
+
+def words(setting, where):
+    "Names of traces; `bank` is what a setting makes of its training crops, if anything"
+    found = [dict(bank=BANK.get(setting), samples="bank").get(o, o) for o in where.split()]
+    return [o for o in found if o]
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +345,8 @@ def runs(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch: # what costs time and decides nothing
         patch.setattr(data, "open_photo", functools.cache(data.open_photo))
         patch.setattr(core, "git_revision", lambda: None)
+        patch.setattr(core, "versions", functools.cache(core.versions))
+        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *a: None)
         yield Runs(world, tmp_path_factory.mktemp("runs"))
         gc.unfreeze()
 
@@ -265,52 +356,77 @@ def log_of(run): return pd.read_parquet(run[0]/"log.parquet")
 
 # ---------------------------------------------------------------- every field
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_every_field_of_every_run_has_an_entry(kind):
-    known = {f for s, table in TABLE.items() if SETTINGS[s][0] == kind for f in table}
-    assert fields_of(kind) - PLACES == known
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_field_of_every_run_has_an_entry(setting):
+    there = set(paths_of(setting))
+    assert there - PLACES <= set(TABLE[setting]) and set(OWN.get(setting, {})) <= there
 
 
-@pytest.mark.parametrize("setting, field", [(s, f) for s, table in TABLE.items() for f in table])
-def test_every_field_changed_alone_changes_what_a_run_leaves(runs, setting, field):
-    where = TABLE[setting][field][1]
-    if where == "error":
-        with pytest.raises(ValueError, match=field.rstrip("s")): runs.changed(setting, field)
+def test_every_choice_is_made_by_some_run():
+    runs = [shape(s) for s in ALIGNED]
+    for f in fields(Method):
+        choices = set(get_args(f.type))
+        assert choices <= {type(getattr(o.method, f.name)) for o in runs}, f.name
+
+
+def test_there_is_a_setting_of_every_preset(): assert set(PRESETS) == set(presets())
+
+
+CHANGES = [marked(s, p) for s in SETTINGS for p in paths_of(s)
+           if p in OWN.get(s, {}) or s in PRESETS and p not in PLACES]
+
+
+@pytest.mark.parametrize("setting, path", CHANGES)
+def test_every_field_changed_alone_changes_what_a_run_leaves(runs, setting, path):
+    where = TABLE[setting][path][1]
+    if where.startswith("!"):
+        with pytest.raises(ValueError, match=where[1:]): runs.changed(setting, path)
         return
-    before, after = runs.base(setting)[2], runs.changed(setting, field)[2]
-    assert all(n in after for n in where.split())
-    assert [n for n in where.split() if before.get(n) == after[n]] == []
+    before, after = runs.changed(setting, path)
+    names = words(setting, where)
+    assert names if where else before == after
+    assert all(n in before | after for n in names), (names, before.keys(), after.keys())
+    assert [n for n in names if before.get(n) == after.get(n)] == []
 
 
-@pytest.mark.parametrize("setting", ["sft", "dp2o", "asasr", "own", "ctmsr"])
+@pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr"])
 def test_the_same_config_leaves_the_same(runs, setting):
     "Without this the test above would show nothing; and sharing changes nothing"
     assert runs.base(setting)[2] == runs.run(setting)[2]
 
 
-@pytest.mark.parametrize("setting, column", [("sft", "flow"), ("dp2o", "error_w"), ("asasr", "error_w"),
-                                             ("bottom", "error_w"), ("own", "error_w"), ("adversary", "error_w"),
-                                             ("ctmsr", "consistency")])
+STILL = {"loop.lr": 1e-12} # nothing moves
+
+
+@pytest.mark.parametrize("setting, column", [
+    ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"),
+    *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_every_micro_batch_of_every_step_is_a_draw_of_its_own(runs, setting, column):
     "Two micro-batches are not twice the first; a step that moves nothing is followed by another batch"
-    still = field_of(runs.make(setting), "loop")
-    still = replace(still, lr=1e-12, keep_every=0)
-    one, two = (log_of(runs.run(setting, True, loop=replace(still, parts=p)))[column] for p in (1, 2))
+    one, two = (log_of(runs.run(setting, True, STILL | {"loop.parts": p}))[column] for p in (1, 2))
+    assert one[0] != pytest.approx(two[0], rel=1e-6) and one[0] != pytest.approx(one[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("path, stage", [("method.start.start_loop", "reference"),
+                                         ("method.losers.imitation", "reference-adversary-3-0")])
+def test_so_is_every_micro_batch_of_an_earlier_stage(runs, path, stage):
+    still = below(path, dict(lr=1e-12))
+    logs = [runs.run("asasr", False, still | {f"{path}.parts": p})[0]/stage/"log.parquet" for p in (1, 2)]
+    one, two = (pd.read_parquet(o).loss for o in logs)
     assert one[0] != pytest.approx(two[0], rel=1e-6) and one[0] != pytest.approx(one[1], rel=1e-6)
 
 
 # ---------------------------------------------------------------- pictures: what was named, degraded as was named
 
-@pytest.mark.parametrize("setting", ["dp2o", "asasr", "bottom", "ctmsr"])
+@pytest.mark.parametrize("setting", ["dp2o", "asasr", "dpo", "ctmsr"])
 def test_banks_hold_the_named_photographs_and_their_named_degradation(runs, setting):
     "Held out: the middle of each; training crops: the middle, then the corners"
     w, run = runs.world, runs.base(setting)
     banks = [(bank_of(setting, run, "after"), w["held"], None)]
     if setting != "ctmsr":
-        more = runs.changed(setting, "places")
+        more = runs.run(setting, False, {"data.places": 2})
         banks += [(bank_of(setting, run, "before"), w["held"], None), (bank_of(setting, run, "crops"), w["train"], 1),
                   (bank_of(setting, more, "crops"), w["train"], 2)]
-    if setting == "asasr": banks.append((run[1]/"held_out_outputs", w["held"], None))
     for bank, photos, places in banks:
         names = {(p.id if places is None else f"{p.id}-{k}"): (p, k) for p in find_photos(photos)
                  for k in range(places or 1)}
@@ -320,34 +436,60 @@ def test_banks_hold_the_named_photographs_and_their_named_degradation(runs, sett
             assert torch.equal(group.lq, lq) and torch.equal(group.gt, gt)
 
 
+AVERAGED = {"loop.ema": .9}
+
+
 @pytest.mark.parametrize("setting, changes", [
-    ("dp2o", dict(loop=replace(FEW, ema=.9))), ("dp2o", dict(path="vp_v", sampler="ab2", steps=3)),
-    ("asasr", dict(loop=replace(FEW, ema=.9))), ("bottom", dict(loop=replace(FEW, ema=.9)))],
-    ids=["dp2o", "ab2", "asasr", "align"])
+    ("dp2o", AVERAGED), ("dp2o", {"base.path": "vp_v", "base.sampler": "ab2", "base.sample_steps": 3}),
+    ("asasr", AVERAGED), ("dro", AVERAGED), ("dpo", {"drift": 1e-9, "loop.keep_every": 1})],
+    ids=["dp2o", "ab2", "asasr", "dro", "drift"])
 def test_samples_before_are_the_bases_and_samples_after_the_adapters(runs, setting, changes):
     "Drawn again by hand: the run's path, sampler and steps, and a photograph's own seeds"
-    run = runs.run(setting, "sampler" not in changes, **changes)
-    path, sampler = VPV() if "path" in changes else None, SAMPLERS.get(changes.get("sampler"))
-    policies = dict(zip(("before", "after"), policies_of(setting, runs.world, run, path), strict=True))
-    for what, policy in policies.items():
-        bank = bank_of(setting, run, what)
+    run = runs.run(setting, "base.sampler" not in changes, changes)
+    path, sampler = VPV() if "base.path" in changes else None, SAMPLERS.get(changes.get("base.sampler"))
+    before, after = policies_of(setting, runs.world, run, path)
+    cases = [(bank_of(setting, run, "before"), before), (bank_of(setting, run, "after"), after)]
+    if "drift" in changes:
+        near = load_adapter(from_pretrained(runs.world["tiny"]), run[0]/"matched-adapter")
+        cases.append((run[0]/"bank-matched", near))
+    found = []
+    for bank, policy in cases:
         for i in finished_groups(bank):
             group = read_group(bank, i)
-            sr = policy.sample(group.lq[None], group_seeds(i, 2), changes.get("steps", 2), sampler)[0]
-            assert torch.equal(sr, group.sr), (what, i)
-    assert not torch.equal(group.sr, read_group(bank_of(setting, run, "before"), i).sr)
+            sr = policy.sample(group.lq[None], group_seeds(i, 2), changes.get("base.sample_steps", 2), sampler)[0]
+            assert torch.equal(sr, group.sr), (bank.name, i)
+        found.append(sr)
+    assert not any(torch.equal(a, b) for k, a in enumerate(found) for b in found[:k])
+
+
+def test_the_copy_nearest_to_the_drift_is_the_one_that_is_judged(runs):
+    "By the weights that were kept: a tiny drift is that of the first copy; without one the last is chosen"
+    run = runs.run("dpo", True, {"drift": 1e-9, "loop.keep_every": 1})
+    table = pd.read_parquet(run[0]/"drift.parquet")
+    assert table.step.tolist() == [1, 2] and table.chosen.tolist() == [True, False]
+    assert 0 < table.drift[0] < table.drift[1]
+    for name, step in (("matched-adapter", 1), ("adapter", 2)):
+        kept = weights_of(run[0]/"kept"/f"{step:08d}.safetensors")
+        written = weights_of(run[0]/name/"adapter_model.safetensors")
+        assert kept.keys() == written.keys() and all(torch.equal(kept[n], written[n]) for n in kept)
+    table = pd.read_parquet(runs.run("dpo", True, {"loop.keep_every": 1})[0]/"drift.parquet")
+    assert table.chosen.tolist() == [False, True]
 
 
 def test_the_crops_of_a_run_are_the_bases_samples_and_outputs(runs):
-    run, policy = runs.base("dp2o"), from_pretrained(runs.world["tiny"])
-    bank = bank_of("dp2o", run, "crops")
-    for i in finished_groups(bank):
-        group = read_group(bank, i)
-        assert torch.equal(policy.sample(group.lq[None], group_seeds(i, 4), 2)[0], group.sr)
-    run = runs.base("asasr")
-    for bank in (run[1]/"outputs", run[1]/"held_out_outputs"):
+    policy = from_pretrained(runs.world["tiny"])
+    for setting in ("dp2o", "dpo"):
+        bank = bank_of(setting, runs.base(setting), "crops")
         for i in finished_groups(bank):
             group = read_group(bank, i)
+            assert torch.equal(policy.sample(group.lq[None], group_seeds(i, 4), 2)[0], group.sr)
+    for run, photos in ((runs.base("asasr"), "train"), (runs.base("given"), "train"), (runs.base("given"), "held")):
+        bank = run[1]/("outputs" if photos == "train" else "held_out_outputs")
+        assert len(finished_groups(bank)) == 2
+        for i in finished_groups(bank):
+            group = read_group(bank, i)
+            photo = next(p for p in find_photos(runs.world[photos]) if i in (p.id, f"{p.id}-0"))
+            assert torch.equal(group.lq, make_pair(photo, 64, RESSHIFT_TEST)[0])
             assert torch.equal(group.sr[0], BASELINES["bicubic"](group.lq[None])[0])
             assert torch.equal(group.sr[1], policy.sample(group.lq[None], [0], 2)[0, 0])
 
@@ -382,10 +524,11 @@ def by_hand(sr, gt, reward=None, bounds=None, metrics=(PSNR_Y,)):
 
 
 @pytest.mark.parametrize("setting, changes, reward", [
-    ("dp2o", {}, BLIND), ("asasr", {}, None), ("bottom", dict(drift=1e-9), BLIND)], ids=["dp2o", "asasr", "align"])
+    ("dp2o", {}, BLIND), ("asasr", {}, None), ("dpo", {"drift": 1e-9, "loop.keep_every": 1}, None)],
+    ids=["dp2o", "asasr", "drift"])
 def test_every_row_of_the_metrics_is_that_of_the_banks(runs, setting, changes, reward):
     "Before, after, matched and bicubic: scores, the reward on the bounds of the training bank, how far samples moved"
-    run = runs.run(setting, True, **changes)
+    run = runs.run(setting, True, changes)
     out, metrics, codec = run[0], pd.read_parquet(run[0]/"metrics.parquet"), from_pretrained(runs.world["tiny"]).codec
     banks = {n: bank_of(setting, run, n) for n in ("before", "after")}
     if changes: banks["matched"] = out/"bank-matched"
@@ -402,14 +545,14 @@ def test_every_row_of_the_metrics_is_that_of_the_banks(runs, setting, changes, r
             moved = [((a-b)/codec.scale).square().mean().item() for a, b in zip(group.sr, first.sr, strict=True)]
             check_close(found.pop("moved"), moved, rtol=1e-5)
             assert (max(moved) > 0) == (variant != "before")
-            if "spread" in found: check_close(found.pop("spread"), [spread_of(group.sr)], rtol=1e-5)
-            assert set(found) <= {"as_dpo_loss", "accuracy"} and (not found or variant == "after")
+            check_close(found.pop("spread"), [spread_of(group.sr)], rtol=1e-5)
+            beside = {"preference_loss", "accuracy"} if (setting, variant) == ("asasr", "after") else set()
+            assert set(found) == beside
 
 
-@pytest.mark.parametrize("setting", ["dp2o", "bottom"])
-def test_the_bounds_of_the_reward_are_those_of_the_training_bank(runs, setting):
-    run = runs.base(setting)
-    bank = bank_of(setting, run, "crops")
+def test_the_bounds_of_the_reward_are_those_of_the_training_bank(runs):
+    run = runs.base("dp2o")
+    bank = bank_of("dp2o", run, "crops")
     scores = torch.cat([score_group([PIQE], read_group(bank, i).sr)["piqe"] for i in finished_groups(bank)])
     worst, best = scores.max().item(), scores.min().item()
     assert GlobalBounds.load(run[0]/"bounds.json").bounds == (("piqe", worst, best),)
@@ -429,46 +572,46 @@ def test_every_row_of_a_one_step_runs_metrics_is_that_of_its_bank(runs):
 
 def test_every_row_of_a_bases_metrics_is_that_of_its_bank(runs):
     "Samples, their mean and bicubic, of the pictures and the policy that were named"
-    w, out = runs.world, runs.run("sft", seed=5)[0]
-    table = judge_base(out, held_out=(w["held"],), degradation="seesr", size=64, m=2, steps=2, take=1)
+    w, out = runs.world, runs.run("base", changes=dict(seed=5))[0]
+    table = evaluate_base(out, Data((), (w["held"],), SEESR, 64, take=1), m=2, steps=2)
     metrics, photo = pd.read_parquet(out/"metrics.parquet"), find_photos(w["held"])[0]
     assert metrics.equals(table) and metrics.image.unique().tolist() == [photo.id]
     group = read_group(out/"held_out", photo.id)
     lq, gt = make_pair(photo, 64, SEESR)
     assert torch.equal(group.lq, lq) and torch.equal(group.gt, gt) and len(group.sr) == 2
     images = dict(sample=group.sr, mean=group.sr.mean(0, keepdim=True), bicubic=bicubic(lq[None], gt.shape[-2:]))
+    judges = [PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, PIQE]
     for variant, sr in images.items():
-        want = by_hand(sr, gt, metrics=[PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, PIQE])
-        assert rows_of(metrics, variant, photo.id) == want, variant
+        want, found = by_hand(sr, gt, metrics=judges), rows_of(metrics, variant, photo.id)
+        if variant == "sample": check_close(found.pop("spread"), [spread_of(sr)], rtol=1e-5)
+        assert found == want, variant
     sr = from_pretrained(out/"policy", dtype=torch.bfloat16).sample(lq[None], group_seeds(photo.id, 2), 2)[0]
     assert torch.equal(sr, group.sr)
 
 
 # ---------------------------------------------------------------- what is trained on, and towards what
 
-def curated(bank, n, normaliser):
+def curated(bank, n, frozen=False, reward=BLIND):
     "(group, winners, losers, weight) of every crop, from the bank's pictures alone"
     groups = [read_group(bank, i) for i in finished_groups(bank)]
-    if normaliser == "global":
-        scores = torch.stack([score_group([PIQE], o.sr)["piqe"] for o in groups])
-        scale = GlobalBounds((("piqe", scores.max().item(), scores.min().item()),))
+    scores = [score_group(reward.metrics, o.sr) for o in groups]
+    if frozen:
+        every = torch.cat([o["piqe"] for o in scores])
+        scale = GlobalBounds((("piqe", every.max().item(), every.min().item()),))
     else: scale = GroupMinMax()
-    reward = torch.stack([hybrid(score_group([PIQE], o.sr), BLIND, scale) for o in groups])
-    w, l = top_bottom(reward, n)
-    return list(zip(groups, w, l, hpo_weights(reward, w, l), strict=True))
+    values = torch.stack([hybrid(o, reward, scale) for o in scores])
+    w, l = top_bottom(values, n)
+    return list(zip(groups, w, l, hpo_weights(values, w, l), strict=True))
 
 
-@pytest.mark.parametrize("setting, field, normaliser", [("dp2o", None, "group"), ("dp2o", "normaliser", "global"),
-                                                        ("bottom", None, "group")])
-def test_the_first_loss_is_ln_2_times_the_weight_of_a_crop(runs, setting, field, normaliser):
-    "Of one group a step, by the normaliser that was named: the other would give other weights"
-    run = runs.changed(setting, field) if field else runs.base(setting)
-    weights = {}
-    for name in ("group", "global"):
-        weights[name] = [o[3].mean().item() for o in curated(bank_of(setting, run, "crops"), 2, name)]
-    apart = min(abs(a-b) for a in weights["group"] for b in weights["global"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_first_loss_is_ln_2_times_the_weight_of_a_crop(runs, frozen):
+    "Of one group a step, on the scale that was named: the other would give other weights"
+    run = runs.run("dp2o", True, {"method.winners.frozen": True} if frozen else {})
+    weights = {k: [o[3].mean().item() for o in curated(bank_of("dp2o", run, "crops"), 2, k)] for k in (False, True)}
+    apart = min(abs(a-b) for a in weights[False] for b in weights[True])
     found = log_of(run).loss[0]/math.log(2)
-    assert min(abs(found-o) for o in weights[normaliser]) < 1e-5 and apart > 1e-4, (found, weights)
+    assert min(abs(found-o) for o in weights[frozen]) < 1e-5 and apart > 1e-4, (found, weights)
 
 
 def margin(policy, lq, winners, losers, levels=9):
@@ -487,30 +630,25 @@ def margin(policy, lq, winners, losers, levels=9):
     return (gaps[1]-gaps[0]).item()
 
 
-LONGER = replace(FEW, steps=16, lr=5e-3, keep_every=0)
+LONGER = below("loop", dict(steps=16, lr=5e-3))
 
 
-SAMPLE = dict(winners="photograph", losers="sample")
-
-
-@pytest.mark.parametrize("setting, changes", [("dp2o", ONE), ("bottom", ONE), ("asasr", dict(loser="given")),
-                                              ("bottom", SAMPLE)], ids=["dp2o", "align", "asasr", "sample"])
+@pytest.mark.parametrize("setting, changes", [("dp2o", ONE), ("given", {}), ("dpo", {})], ids=["dp2o", "given", "dpo"])
 def test_training_moves_towards_the_winners_and_away_from_the_losers(runs, setting, changes):
     "Best against worst samples, or the photograph against other pictures, judged on the bank by hand"
-    run = runs.run(setting, True, loop=LONGER, **changes)
+    run = runs.run(setting, True, LONGER | changes)
     policy, bank = policies_of(setting, runs.world, run)[1], bank_of(setting, run, "crops")
-    found, curation = [], changes == ONE
-    for group, w, l, _ in curated(bank, 1, "group"):
-        winners, losers = (group.sr[w], group.sr[l]) if curation else (group.gt[None], group.sr)
+    found = []
+    for group, w, l, _ in curated(bank, 1):
+        winners, losers = (group.sr[w], group.sr[l]) if setting == "dp2o" else (group.gt[None], group.sr)
         found.append(margin(policy, group.lq, winners, losers))
     assert sum(found) > 0, found
 
 
 def test_training_moves_towards_the_photograph_and_away_from_what_the_adversary_makes_of_it(runs):
-    run = runs.run("asasr", True, loop=LONGER)
-    policy = policies_of("asasr", runs.world, run)[1]
-    load_adapter(policy, run[1]/"adversary-3-0"/"adapter", "adversary", on=False)
-    found = []
+    run = runs.run("asasr", True, LONGER)
+    policy, found = policies_of("asasr", runs.world, run)[1], []
+    load_adapter(policy, run[1]/"reference-adversary-3-0"/"adapter", "adversary", on=False)
     for i in finished_groups(run[1]/"outputs"):
         group = read_group(run[1]/"outputs", i)
         z, cond = policy.codec.encode(group.gt[None], group.lq[None]), policy.encode(group.lq[None])
@@ -527,25 +665,24 @@ def hinge(gate): return lambda o: (gate-(o.gap_l-o.gap_w)).clip(lower=0)
 def gated(gate): return lambda o: (gate+o.gap_w+o.drift).clip(lower=0) # without losers
 
 
+HINGE, LOGISTIC = {"method.link": {"is": "Hinge", "gate": .02}}, {"method.link": {"is": "Logistic", "kappa": 1e3}}
+
+
 @pytest.mark.parametrize("setting, changes, loss", [
-    ("dp2o", ONE, logistic(1e3)), ("asasr", {}, logistic(1e3)), ("asasr", dict(loser="given"), logistic(1e3)),
-    ("riesz", {}, logistic(1e3)), ("bottom", ONE, logistic(1e3)), ("bottom", ONE | dict(link="hinge"), hinge(.02)),
-    ("bottom", SAMPLE, logistic(1e3)), ("adversary", {}, logistic(1e3)), ("own", dict(batch=1), hinge(.02)),
-    ("own", dict(batch=1, link="logistic"), logistic(1e3)), ("own", dict(batch=1, losers="none"), gated(.02))],
-    ids=["dp2o", "adversary", "given", "riesz", "bottom", "hinge", "sample", "align-adversary", "own", "own-logistic",
-         "none"])
+    ("dp2o", ONE | LOGISTIC, logistic(1e3)), ("dp2o", ONE | HINGE, hinge(.02)), ("asasr", LOGISTIC, logistic(1e3)),
+    ("given", LOGISTIC, logistic(1e3)), ("riesz", LOGISTIC, logistic(1e3)), ("dpo", LOGISTIC, logistic(1e3)),
+    ("dro", HINGE, hinge(.02)), ("dro", LOGISTIC, logistic(1e3)), ("sft", HINGE, gated(.02))],
+    ids=["dp2o", "hinge", "adversary", "given", "riesz", "dpo", "dro", "own-logistic", "nobody"])
 def test_the_loss_of_one_pair_is_the_link_of_its_margin(runs, setting, changes, loss):
     "From the log's own gaps, also where the policy has left its reference"
-    known = dict(kappa=1e3, gate=.02)
-    known = {n: v for n, v in known.items() if n in fields_of(SETTINGS[setting][0])}
-    log = log_of(runs.run(setting, True, **known, **changes, loop=replace(FEW, steps=4, lr=3e-2, keep_every=0)))
+    log = log_of(runs.run(setting, True, below("loop", dict(steps=4, lr=3e-2)) | dict(batch=1) | changes))
     want, still = loss(log), loss(log.assign(gap_w=0., gap_l=0., drift=0.))
     check_close(log.loss.to_numpy(), want.to_numpy(), rtol=1e-4, atol=1e-7)
     assert (want-still).abs().max() > 1e-2*still.max() # the margin is large enough to see another kappa
 
 
 def test_the_losses_of_a_network_from_patches_are_the_sums_of_their_parts(runs):
-    log = log_of(runs.base("sft"))
+    log = log_of(runs.base("base"))
     check_close(log.loss.to_numpy(), (log.flow+log["mean"]).to_numpy(), rtol=1e-5)
     log = log_of(runs.base("ctmsr"))
     check_close(log.loss.to_numpy(), (log.consistency+1.6*log.match.fillna(0.)).to_numpy(), rtol=1e-5)
@@ -553,7 +690,7 @@ def test_the_losses_of_a_network_from_patches_are_the_sums_of_their_parts(runs):
 
 
 class Grey: # photographs of one grey, z = 0 and y = 0, so that a state is its noise alone
-    def batch(self, n, patch, g): return torch.full((n, 3, patch//4, patch//4), .5), torch.full((n, 3, patch, patch), .5)
+    def batch(self, n, patch, g): return (torch.full((n, 3, side, side), .5) for side in (patch//4, patch))
 
 
 class Zero(torch.nn.Module): # answers 0, and remembers the states that it was asked about, in units of their noise
@@ -566,8 +703,9 @@ class Zero(torch.nn.Module): # answers 0, and remembers the states that it was a
 
 
 def test_the_two_trajectories_share_their_noise_and_it_is_not_that_of_the_consistency_loss():
-    policy = Policy(Zero(), Shift(), Shift(), PixelCodec())
-    matching_step(Grey(), policy)
+    policy, run = Policy(Zero(), Shift(), Shift(), PixelCodec()), CTMSRRun("x", patch=32, window=16, batch=2)
+    def lpips(a, b): return (a-b).square().mean((1, 2, 3))
+    onestep_loss(Grey(), policy, run, lambda step: 3, lpips, Match("dtm"), lambda step: policy)(0, 0)
     first, *_, a, b = policy.net.asked
     check_close(a, b, atol=1e-5)
     assert (a-first).abs().mean() > .5 and (a[0]-a[1]).abs().mean() > .5
@@ -583,36 +721,43 @@ def seen_by(w, source, top, photos):
     return str(top)
 
 
-@pytest.mark.parametrize("setting, field, source", [
-    *((s, "backbone", "tiny") for s in ("dp2o", "asasr", "bottom", "own")), ("continued", "init", "onestep")])
-def test_a_run_refuses_a_photograph_that_its_base_has_seen(runs, tmp_path, setting, field, source):
+LEAKS = [(s, "base.backbone", "tiny") for s in ("dp2o", "asasr", "dro", "dpo", "sft")]
+
+
+@pytest.mark.parametrize("setting, path, source", [*LEAKS, ("continued", "init", "onestep")])
+def test_a_run_refuses_a_photograph_that_its_base_has_seen(runs, tmp_path, setting, path, source):
     "Among those to report on, and before anything is written; a base that has seen others is taken"
     held, others = (find_photos(runs.world[n]) for n in ("held", "others"))
     base = seen_by(runs.world, source, tmp_path/"base", [*others, held[1]])
-    run = runs.make(setting, **{field: base})
-    with pytest.raises(ValueError, match=f"{held[1].id}.* was in the training of"): do(run)
+    run = runs.make(setting, changes={path: base})
+    with pytest.raises(ValueError, match=f"{held[1].id}.* was in the training of"): train(run)
     assert not (runs.top/f"run{runs.begun}").exists()
     seen_by(runs.world, source, tmp_path/"base", others)
-    out = do(run)
-    if setting == "continued": # what a network has seen it has seen for ever
-        train = find_photos(runs.world["train"])
-        assert json.loads((out/"policy"/"photos.json").read_text()) == sorted(p.sha256 for p in (*train, *others))
+    if setting in ("dp2o", "continued"): train(run)
+
+
+@pytest.mark.parametrize("setting, source", [("warm", "tiny"), ("continued", "onestep")])
+def test_what_a_network_has_seen_it_has_seen_for_ever(runs, tmp_path, setting, source):
+    train_on, others = (find_photos(runs.world[n]) for n in ("train", "others"))
+    out = train(runs.make(setting, changes=dict(init=seen_by(runs.world, source, tmp_path/"base", others))))
+    assert json.loads((out/"policy"/"photos.json").read_text()) == sorted(p.sha256 for p in (*train_on, *others))
 
 
 def test_a_base_is_not_judged_by_what_it_has_seen(runs):
     "A run notes what it trained on; the photographs that ship as held out are refused as training photographs"
-    out = runs.base("sft")[0]
-    train = find_photos(runs.world["train"])
-    assert json.loads((out/"policy"/"photos.json").read_text()) == sorted(p.sha256 for p in train)
+    out = runs.base("base")[0]
+    photos = find_photos(runs.world["train"])
+    assert json.loads((out/"policy"/"photos.json").read_text()) == sorted(p.sha256 for p in photos)
     with pytest.raises(ValueError, match="was in the training of"):
-        judge_base(out, held_out=(runs.world["train"],), size=64)
+        evaluate_base(out, Data(held_out=(runs.world["train"],), size=64))
     with pytest.raises(ValueError, match="held out"):
-        do(runs.make("sft", photos=(str(embedded_photos("held_out")[0].path.parent),)))
+        train(runs.make("base", changes=dict(photos=(str(embedded_photos("held_out")[0].path.parent),))))
 
 
-@pytest.mark.parametrize("setting", ["dp2o", "asasr", "bottom", "ctmsr"])
-def test_a_run_refuses_to_report_on_what_it_trains_on(runs, setting):
-    with pytest.raises(ValueError, match="same file"): do(runs.make(setting, held_out=(runs.world["train"],)))
+@pytest.mark.parametrize("setting, path", [*((s, "data.held_out") for s in ("dp2o", "asasr", "dro", "dpo", "sft")),
+                                           ("ctmsr", "held_out")])
+def test_a_run_refuses_to_report_on_what_it_trains_on(runs, setting, path):
+    with pytest.raises(ValueError, match="same file"): train(runs.make(setting, changes={path: (runs.world["train"],)}))
 
 
 # ---------------------------------------------------------------- the average of the weights is what a run leaves
@@ -624,20 +769,29 @@ def weights_of(file): # as PEFT names them, without the adapter's own name
     return {re.sub(r"\.(policy|reference|adversary)\.", ".", n): v for n, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("setting, stages", [ # stage: field of its loop, its folder, what it wrote
-    ("sft", [("loop", "", "policy/model.safetensors")]), ("dp2o", [("loop", "", ADAPTER)]),
-    ("asasr", [("loop", "", ADAPTER), ("sft", "reference", ADAPTER), ("imitation", "adversary-3-0", ADAPTER)]),
-    ("bottom", [("loop", "", ADAPTER)]),
-    ("adversary", [("loop", "", ADAPTER), ("imitation", "adversary-3-0", ADAPTER)]),
-    ("ctmsr", [("match_loop", "stage2", "../policy/model.safetensors")])])
+@pytest.mark.parametrize("setting, stages", [ # stage: path of its loop, its folder, what it wrote
+    ("base", [("loop", "", "policy/model.safetensors")]), ("dp2o", [("loop", "", ADAPTER)]),
+    ("asasr", [("loop", "", ADAPTER), ("method.start.start_loop", "reference", ADAPTER),
+               ("method.losers.imitation", "reference-adversary-3-0", ADAPTER)]),
+    ("dro", [("loop", "", ADAPTER)]), ("ctmsr", [("match.match_loop", "stage2", "../policy/model.safetensors")])])
 def test_what_a_run_leaves_is_the_average_and_not_the_last_step(runs, setting, stages):
-    out, _, _ = runs.run(setting, **{name: replace(FEW, ema=.9) for name, _, _ in stages})
+    out, _, _ = runs.run(setting, False, {f"{path}.ema": .9 for path, _, _ in stages})
     for _, stage, file in stages:
-        kept, saved = weights_of(out/stage/file), newest(out/stage)
+        kept, saved = weights_of(out/stage/file), latest_checkpoint(out/stage)
         average, last = (weights_of(saved/f"{n}.safetensors") for n in ("average", "trained"))
         assert average and set(average) <= set(kept)
         assert all(torch.equal(kept[n], v) for n, v in average.items())
         assert any(not torch.equal(kept[n], last[n]) for n in average)
+
+
+def test_stage_2_starts_from_the_average_of_stage_1(runs):
+    "And its teacher is that average"
+    out = runs.run("ctmsr", False, {"loop.ema": .9, "match.match_loop.lr": 1e-12})[0]
+    average = load_file(latest_checkpoint(out/"stage1")/"average.safetensors")
+    written = load_file(out/"policy"/"model.safetensors")
+    for n, v in average.items(): check_close(written[n], v, atol=1e-6)
+    last = load_file(latest_checkpoint(out/"stage1")/"trained.safetensors")
+    assert max((last[n]-v).abs().max() for n, v in average.items()) > 1e-4
 
 
 # ---------------------------------------------------------------- fit: one weight, a linear loss, a path known by hand
@@ -670,14 +824,16 @@ def scheduled(step, part): return SLOPES[step]
 
 def toy(top, loop=TOY, slope=scheduled, backward=None, stop=None, shape=(1, 1), memory=None):
     "Fit a weight of .5 to slope*weight, the mean of two samples: the weights that come back, log, kept weights, calls"
-    net, calls = torch.nn.Linear(*shape, bias=False), []
-    torch.nn.init.constant_(net.weight, .5)
-    def loss(model, step, part):
+    owner, calls = SimpleNamespace(net=torch.nn.Linear(*shape, bias=False)), []
+    torch.nn.init.constant_(owner.net.weight, .5)
+    def loss(step, part):
         if step == stop: raise KeyboardInterrupt
         calls.append((step, part))
         if memory: memory.total += slope(step, part)
-        return model(torch.tensor([[.5], [1.5]]).expand(2, shape[0])).mean(1)*slope(step, part), dict(part=float(part))
-    weights, log = fitted(net, loss, loop, top, backward, memory)
+        values = owner.net(torch.tensor([[.5], [1.5]]).expand(2, shape[0])).mean(1)*slope(step, part)
+        return values, dict(part=float(part)), *(["apart"] if backward else [])
+    weights, log = fit(owner, loss, loop, top, backward, memory)
+    assert torch.equal(owner.net.weight, weights["weight"]) # what comes back is what the network then has
     kept = {int(f.stem): load_file(f)["weight"].mean().item() for f in sorted((top/"kept").glob("*.safetensors"))}
     return weights["weight"].mean().item(), log, kept, calls
 
@@ -693,9 +849,9 @@ def test_a_weights_path_is_that_of_adamw_with_clipped_gradients_and_scheduled_ra
         assert max(abs(a-b) for a, b in zip(adamw(SLOPES, **wrong), kept.values(), strict=True)) > 1e-3, wrong
 
 
-def own(accelerator, values, logs): # a backward of the caller's own
+def own(values, logs, apart): # a backward of the caller's own
     values.mean().backward()
-    return dict(logs, own=1.)
+    return dict(logs, own=float(apart == "apart"))
 
 
 @pytest.mark.parametrize("backward", [None, own], ids=["mean", "own"])
@@ -707,6 +863,7 @@ def test_the_micro_batches_of_a_step_are_apart_and_averaged(tmp_path, backward):
     check_close(log.grad_norm.to_numpy(), [abs(o+.2) for o in SLOPES], rtol=1e-5)
     check_close(list(kept.values()), adamw([o+.2 for o in SLOPES]), rtol=1e-5)
     assert (log.part == 1.).all() and ("own" in log) == (backward is own) # logs are means over the parts
+    if backward: assert (log.own == 1.).all()
 
 
 def test_the_average_is_what_comes_back(tmp_path):
@@ -726,9 +883,9 @@ def left(top, memory=None, **changes):
     loop, shape = replace(TOY, **changes), (64, 128) if changes.get("optimiser") else (1, 1)
     def slope(step, part): return SLOPES[step % 6]*(1+part)
     with pytest.raises(KeyboardInterrupt): toy(top, loop, slope, stop=min(5, loop.steps-1), shape=shape, memory=memory)
-    saved = newest(top).name if newest(top) else None
+    saved = latest_checkpoint(top)
     last, log, kept, calls = toy(top, loop, slope, shape=shape, memory=Sum() if memory else None)
-    return dict(last=last, log=log.to_dict("list"), kept=kept, calls=calls, saved=saved)
+    return dict(last=last, log=log.to_dict("list"), kept=kept, calls=calls, saved=saved.name if saved else None)
 
 
 LOOP = dict( # field -> another value, what it changes
