@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test multi bench tables pages docs preview docs-browser docs-check fmt lock
+.PHONY: help setup demo test test-all multi bench tables pages docs preview docs-browser docs-check fmt lock
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -29,13 +29,16 @@ setup: $(READY) ## make .venv from the lock, if it is not there or the lock has 
 	@:
 
 demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
-	@$(PY) .ci/runs.py --out demo -p out_dir nbs/_runs/demo train_dp2o
+	@$(PY) .ci/runs.py --out demo -p out nbs/_runs/demo train_dp2o
 
-test: ## sync of notebooks, package and README; ruff; every notebook; pytest
+test: ## sync of notebooks, package and README; ruff; every notebook; pytest: minutes
+	@.ci/run fast
+
+test-all: ## make test, then the tests marked slow: real launches, papermill, whole pipelines
 	@.ci/run
 
 multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training
-	@.venv/bin/pytest -q tests/test_multi.py
+	@.venv/bin/pytest -q --durations 15 tests/test_multi.py
 
 bench: $(READY) ## run every nbs/bench_*.ipynb; fails on a missed goal
 	@$(PY) .ci/runs.py 'bench_*'
@@ -50,14 +53,14 @@ pages: $(READY) ## re-execute in place the notebooks whose outputs are shown (NB
 docs: $(READY) ## render the site into _docs with your own Quarto
 	@$(PY) .ci/docs.py
 
-preview: $(READY) ## render the site into _docs without Quarto, plainer
+preview: $(READY) ## render the site into _docs without Quarto, plain; tell dead links and faulty formulas
 	@$(PY) .ci/docs.py --preview
 
-docs-browser: preview ## the preview in Chromium: scripts, search, slider, ranking page
+docs-browser: preview ## sliders of the preview and a ranking page, in Chromium
 	@$(PY) -m uv pip install --quiet --python $(PY) playwright==1.65.2
 	@$(PY) .ci/browser.py
 
-docs-check: $(READY) ## check the site's sources without Quarto
+docs-check: $(READY) ## check the notebooks and the tree without rendering
 	@$(PY) .ci/site_checks.py
 
 fmt: $(READY) ## export the package, clean the notebooks, write README.md

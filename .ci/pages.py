@@ -5,13 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found") # tqdm's, which would stand on pages with a path
-os.environ.pop("MPLBACKEND", None) # the kernel's own keeps figures in the notebook
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from readme import directives
+from readme import directives, skip_exec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,22 +35,18 @@ def execute(
     os.replace(part, path)
 
 
-def shown(
-    nb, # a notebook
-)->bool:
-    "Whether a page is executed with the others: not if its front matter says skip_exec"
-    from site_checks import front_matter
-    return not front_matter(nb).get("skip_exec", False)
-
-
 def main()->int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found") # tqdm's, which would stand there with a path
+    os.environ.pop("MPLBACKEND", None) # the kernel's own keeps figures in the notebook
     names = [o.removeprefix("nbs/").removesuffix(".ipynb") for o in sys.argv[1:]]
     paths = [ROOT/"nbs"/f"{o}.ipynb" for o in names]
     if missing := [p.name for p in paths if not p.exists()]:
         print("no such notebook in nbs/: " + ", ".join(missing))
         return 1
     if not names:
-        paths = [p for p in sorted((ROOT/"nbs").glob("[!_.]*.ipynb")) if shown(nbformat.read(p, as_version=4))]
+        paths = sorted((ROOT/"nbs").glob("[!_.]*.ipynb"))
+        paths = [p for p in paths if not skip_exec(nbformat.read(p, as_version=4))]
         paths.sort(key=lambda p: (p.stem == "index", not p.stem[0].isdigit(), p.stem)) # rooms, experiments, index
     for p in paths:
         start = time.monotonic()

@@ -1,39 +1,57 @@
-"The site without Quarto: pandoc sets the equations, smalldocs lays out the pages; plainer, but the same text and links"
+"The site without Quarto, plain: pandoc, which Quarto calls too, makes one page of each notebook"
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
+import pypandoc
 import yaml
-from typeset import typeset
+from readme import directives, options
+from site_checks import check_site
 
 STYLE = """<style>
-:root { --sd-body-width: 930px; --sd-sidebar-width: 250px; --sd-margin-width: 220px; }
-.equation { display: flex; align-items: center; gap: 1em; overflow-x: auto; overflow-y: hidden; margin: 1em 0; padding: .2em 0; }
-.equation math { flex: 1; }
-math { font-size: 1.05em; }
-</style>
-"""
+body { max-width: 60em; margin-left: 16em; font-size: 1em; }
+nav.site { position: fixed; inset: 0 auto 0 0; width: 13em; overflow-y: auto; padding: 1em; font-size: .85em; }
+span[id^=eq-]::after { content: "(" attr(id) ")"; float: right; }
+</style>"""
+PANDOC = ["--from=markdown-citations", "--to=html5", "--mathml", "--standalone", "--toc", "--css=site.css",
+          "--variable=header-includes=<link rel='icon' href='favicon.svg'>", "--include-before-body=nav.html",
+          "--wrap=none", "--fail-if-warnings"]
 
 
-def render(
-    work:Path, # from `docs.process`; the site goes to its _docs
-)->list[str]:  # problems
-    "Number, typeset and lay out"
-    bad = []
+def shown(out, said:dict)->str: # an output, with the options of its cell -> markdown
+    data, kind = out.get("data", {}), next((k for k in out.get("data", {}) if k.startswith("image/")), None)
+    if "text/markdown" in data: return str(data["text/markdown"])
+    if "text/html" in data: return f"~~~~ {{=html}}\n{data['text/html']}\n~~~~"
+    if not kind: return f"~~~~\n{out.get('text', data.get('text/plain', '')).rstrip()}\n~~~~"
+    place, alt = "#"*("label" in said) + said.get("label", ""), said.get("fig-alt", "").replace('"', "”")
+    return f"![{said.get('fig-cap', '')}](data:{kind};base64,{''.join(data[kind].split())}){{{place} alt=\"{alt}\"}}"
+
+
+def markdown(nb)->str: # of a processed notebook; labels become places, and what refers to them links
+    parts = []
+    for c in nb.cells:
+        code = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+        if c.cell_type != "code": parts.append(c.source)
+        elif directives(c.source).get("echo") != "false": parts.append(f"~~~~\n{code}\n~~~~")
+        parts += [shown(o, options(c.source)) for o in c.get("outputs", [])]
+    text = "\n\n".join(parts).replace("---\ndescription:", "---\nsubtitle:", 1)
+    text = re.sub(r"(\$\$[^$]+\$\$)[ \t]*\{#(eq-[\w-]+)\}", r"[\1]{#\2}", text)
+    return re.sub(r"(?<![\w`@])@((?:eq|fig)-[\w-]*\w)", r"[\1](#\1)", text)
+
+
+def render(work:Path)->list[str]: # what `docs.process` has written -> problems; the site goes to its _docs
+    site, bad = work/"_docs", []
+    shutil.copytree(work, site, ignore=shutil.ignore_patterns("*.ipynb", "*.yml"))
+    listed = yaml.safe_load((work/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    rows = []
+    for s in listed:
+        rows += [f"<p>{s['section']}</p>", *(f"<a href='{o['href']}'>{o['text']}</a><br>" for o in s["contents"])]
+    (work/"nav.html").write_text(STYLE + "<nav class='site'>" + "\n".join(rows) + "</nav>")
     for p in sorted(work.glob("*.ipynb")):
-        nb = nbformat.read(p, as_version=4)
-        bad += [f"{p.name}: {o}" for o in typeset(nb)]
-        nbformat.write(nb, p)
-    (work/"preview.html").write_text(STYLE)
-    config = yaml.safe_load((work/"_quarto.yml").read_text())
-    config.pop("execute", None) # Quarto's; smalldocs runs no code
-    for o in ("html-math-method", "grid", "code-overflow", "tbl-colwidths"): config["format"]["html"].pop(o, None)
-    config["format"]["html"]["include-in-header"] = "preview.html"
-    (work/"_quarto.yml").unlink(missing_ok=True) # if it is a link, the repository's stays as it is
-    (work/"_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    tool = shutil.which("smalldocs", path=str(Path(sys.executable).parent))
-    done = subprocess.run([tool, "render", "--quiet", "."], cwd=work, capture_output=True, text=True)
-    said = [o for o in (done.stdout+done.stderr).splitlines() if o.strip()]
-    return bad + said + ([f"smalldocs failed ({done.returncode})"] if done.returncode else [])
+        cmd, text = [pypandoc.get_pandoc_path(), *PANDOC], markdown(nbformat.read(p, as_version=4))
+        done = subprocess.run(cmd, input=text, cwd=work, capture_output=True, text=True)
+        if done.returncode: bad.append(f"{p.name}: {done.stderr.strip()}")
+        (site/f"{p.stem}.html").write_text(re.sub(r"(href=[\"']\w+)\.ipynb", r"\1.html", done.stdout))
+    return bad + check_site(site)

@@ -1,9 +1,11 @@
 "Write README.md from nbs/index.ipynb: its prose, the code that it shows and the outputs that it saved"
+import itertools
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Written from nbs/index.ipynb by `make fmt`: change the notebook, not this file. -->"
@@ -15,6 +17,25 @@ def directives(
     "The `#|` lines of a cell"
     found = re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", source, flags=re.M)
     return {name: value.strip() for name, value in found}
+
+
+def options(
+    source:str, # of a code cell
+)->dict:        # label, fig-cap, fig-alt
+    "The options of a figure, read as Quarto reads them: YAML, above the code; a line that is no YAML is left out"
+    found = {}
+    for line in itertools.takewhile(lambda o: o.startswith("#|"), source.splitlines()):
+        if not re.match(r"#\|\s*(label|fig-cap|fig-alt):", line): continue
+        try: found |= yaml.safe_load(line[2:])
+        except yaml.YAMLError: continue
+    return {k: v for k, v in found.items() if isinstance(v, str)}
+
+
+def skip_exec(
+    nb, # a notebook
+)->bool:
+    "Whether its front matter keeps it out of nbdev_test and of the pages that are executed together"
+    return any(c.cell_type == "raw" and re.search(r"^skip_exec: true$", c.source, flags=re.M) for c in nb.cells)
 
 
 def relink(

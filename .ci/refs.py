@@ -11,7 +11,8 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {"Wallace+ 2024": (14, 14), "DP2O-SR": None, "ASASR": (1, 47), "CTMSR": (1, 25), "Diffusion-DRO": (1, 31)}
 PLACE = r"release|table \d+|[A-Z]\.\d+"               # of a paper, holds no equation: nothing to list
-RULED = "01 02 20 21 30 31 32 33 50".split() # rooms whose public functions cite a source or are listed as helpers
+RULED = "spectral paths rewards curation metrics preference adversary consistency online pairs".split() # rooms where
+# every public function cites a source or is listed as a helper
 
 
 # ---- reading
@@ -22,7 +23,10 @@ def expand(
     "The keys that a citation, or a row of a list, names"
     found, kind = [], ""
     for o in (o.strip() for o in text.split(",")):
-        if not (m := re.fullmatch(r"(eqs?\.|Algorithms?)? ?(\d+)(?:[-–](\d+))?", o)): found.append(o); continue
+        m = re.fullmatch(r"(eqs?\.|Algorithms?)? ?(\d+)(?:[-–](\d+))?", o)
+        if not m:
+            found.append(o)
+            continue
         kind = m[1] or kind
         before = "Algorithm " if kind.startswith("A") else ""
         found += [f"{before}{i}" for i in range(int(m[2]), int(m[3] or m[2])+1)]
@@ -189,7 +193,9 @@ def check_implemented(root:Path)->list:
         bad += [f"refs.ipynb: {paper}, {k}: no docstring cites it" for k in lost]
         for page in re.findall(r"\]\((\w+)\.ipynb", state) if state.startswith("page") else []:
             where, nb = f"refs.ipynb: {paper}, {', '.join(keys)}: {page}", pages(root).get(page)
-            if nb is None: bad.append(f"{where} is not there"); continue
+            if nb is None:
+                bad.append(f"{where} is not there")
+                continue
             computes = any("check_close" in _check(c.source) for c in nb.cells if c.cell_type == "code")
             if not computes: bad.append(f"{where} checks nothing")
             named = mentions(prose(nb)) if "unnumbered" not in state else keys
@@ -203,9 +209,9 @@ def check_exercised(root:Path)->list:
 
 def check_covered(root:Path)->list:
     "In the ruled rooms a public function cites a source or is listed as a helper, and not both"
-    all, known, page, bad = public(root), helpers(root), rooms(root), []
+    all, known, bad = public(root), helpers(root), []
     have = {(m, n) for m, n, _, _ in cited(root)}
-    for m, n in ((m, n) for m, n, _ in all if "." not in n and page[m][:2] in RULED):
+    for m, n in ((m, n) for m, n, _ in all if "." not in n and m in RULED):
         cites = (m, n) in have
         if not cites and n not in known: bad.append(f"srnb/{m}.py: {n} cites nothing and is not listed as a helper")
         if cites and n in known: bad.append(f"refs.ipynb: {n} is listed as a helper and cites a source")

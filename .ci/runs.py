@@ -12,7 +12,8 @@ def artefacts(
     out_dir:Path, # a run's folder
 )->list[str]:     # lines
     "Where tables and figures of a run lie"
-    kinds = {".parquet": "table", ".csv": "table", ".png": "figure", ".jpg": "figure", ".svg": "figure", ".html": "page"}
+    kinds = {o: "table" for o in (".parquet", ".csv")} | {o: "figure" for o in (".png", ".jpg", ".svg")}
+    kinds[".html"] = "page"
     return [f"{kinds[p.suffix]}: {p.relative_to(ROOT)}" for p in sorted(out_dir.glob("*")) if p.suffix in kinds]
 
 
@@ -39,7 +40,7 @@ def main()->int:
         print("failed: " + ", ".join(failed))
         return 1
     print(f"executed notebook: {out}" if len(found) == 1 else f"executed notebooks: {len(found)} in nbs/_runs")
-    for folder in [v for name, v in a.p if name == "out_dir"]: print(*artefacts(ROOT/folder), sep="\n")
+    for folder in [v for name, v in a.p if name == "out"]: print(*artefacts(ROOT/folder), sep="\n")
     return 0
 
 

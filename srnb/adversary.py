@@ -38,7 +38,8 @@ def error_gradient(
     cond:Tensor,             # (B,3,h,w), or encoded
 )->Tensor:                   # (B,C,H,W), gradient of the mean square error with respect to the state
     "One backward pass through the policy; its weights receive nothing [ASASR, eqs. 19, 31]"
-    net, policy.net = policy.net, getattr(policy.net, "module", policy.net) # a wrapper of several processes would wait for gradients of the weights
+    net = policy.net
+    policy.net = getattr(net, "module", net) # a wrapper of several processes would wait for gradients of the weights
     try:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -55,9 +56,11 @@ def riesz_step(
     "Steepest descent of a linear function on the Sobolev ball; 0 where the gradient is 0 [ASASR, eqs. 19, 20]"
     radius = torch.as_tensor(radius, dtype=grad.dtype, device=grad.device).expand(len(grad))
     if not (radius > 0).all(): raise ValueError(f"radius must be positive, got {radius.tolist()}")
-    grad = grad/grad.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny) # scale cancels; squares must not vanish
+    tiny = torch.finfo(grad.dtype).tiny
+    grad = grad/grad.abs().amax((1, 2, 3), keepdim=True).clamp(min=tiny) # scale cancels; squares must not vanish
     down = energy.power(grad, -1)
-    return -like_batch(radius, grad)*down/like_batch(energy(down).sqrt().clamp(min=torch.finfo(grad.dtype).tiny), grad)
+    length = energy(down).sqrt().clamp(min=tiny)
+    return -like_batch(radius, grad)*down/like_batch(length, grad)
 
 # %% ../nbs/31_adversary.ipynb #31-adversary-032
 def coupled_pair(
@@ -92,9 +95,10 @@ def riesz_loser(
     sigma:Tensor,           # (B,)
     cond:Tensor,            # (B,3,h,w), or encoded
     energy:SobolevEnergy,   # whose ball
-    radius:float=.003,      # of z_l - z at sigma = 1: epsilon_t is radius*sigma*alpha, as the coupled adversary's perturbation
+    radius:float=.003,      # of z_l - z at sigma = 1: epsilon_t is radius*sigma*alpha, as for the coupled adversary
 )->Tensor:                  # (B,C,H,W) losers
     "The closed form: the image that absorbs the Riesz step, with the winner's noise [ASASR, eqs. 17, 19]"
     sigma = sigma.clamp(max=.999) # at 1 the state holds no image that could absorb a move
-    grad = error_gradient(policy, policy.path.state(z, eps, sigma), sigma, moving_target(policy.path, sigma, eps=eps), cond)
-    return z + like_batch(sigma, z)*riesz_step(grad, energy, radius)
+    x, target = policy.path.state(z, eps, sigma), moving_target(policy.path, sigma, eps=eps)
+    step = riesz_step(error_gradient(policy, x, sigma, target, cond), energy, radius)
+    return z + like_batch(sigma, z)*step

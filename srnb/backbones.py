@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPACINGS', 'NEGATIVE', 'KINDS', 'TINY', 'SDEps', 'SDV', 'FluxPath', 'LatentCodec', 'digest_of', 'Cond',
-           'ControlledUNet', 'pack', 'unpack', 'ControlledFlux', 'Texts', 'Backbone', 'BackboneOptions',
-           'BackboneError', 'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny', 'write_tiny_control',
-           'save_lora', 'save_control']
+           'ControlledUNet', 'pack', 'unpack', 'ControlledFlux', 'unet_branch', 'flux_branch', 'Texts', 'Backbone',
+           'BackboneOptions', 'BackboneError', 'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny',
+           'write_tiny_control', 'save_lora', 'save_control']
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-004
 import copy
@@ -32,8 +32,10 @@ from .policies import EMPTY, Policy, layers_of, parts_of, text_ids
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-009
 def _leading(T:int, steps:int, offset:int)->Tensor: return torch.arange(steps-1, -1, -1)*(T//steps) + offset
-def _trailing(T:int, steps:int, offset:int)->Tensor: return (T - torch.arange(steps, dtype=torch.float64)*T/steps).round().long() - 1
-def _linspace(T:int, steps:int, offset:int)->Tensor: return torch.linspace(T-1, 0, steps, dtype=torch.float64).round().long()
+def _trailing(T:int, steps:int, offset:int)->Tensor:
+    return (T - torch.arange(steps, dtype=torch.float64)*T/steps).round().long() - 1
+def _linspace(T:int, steps:int, offset:int)->Tensor:
+    return torch.linspace(T-1, 0, steps, dtype=torch.float64).round().long()
 SPACINGS = dict(leading=_leading, trailing=_trailing, linspace=_linspace) # names in a scheduler's config
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class FluxPath(Flow):
     max_tokens:int=4096
     tokens:int=field(default=4096, compare=False, repr=False) # of this image, set by `given`
     steps = 25
-    def given(self, y): return replace(self, tokens=y.shape[-2]*y.shape[-1]//4) # y (B,C,H/8,W/8); 2x2 latents are a token
+    def given(self, y): # (B,C,H/8,W/8); 2x2 latents are a token
+        return replace(self, tokens=y.shape[-2]*y.shape[-1]//4)
     def draw_sigma(self, n, generator):
         if not self.logit_normal: return super().draw_sigma(n, generator)
         return torch.randn(n, generator=generator, device=generator.device).sigmoid()
@@ -95,9 +98,10 @@ class LatentCodec:
 
     def shape(self, lq:Tensor)->tuple[int, int, int]:
         "Shape (C,H/8,W/8) of z for inputs of this size"
-        if any(self.factor*n % self.down for n in lq.shape[-2:]):
-            raise ValueError(f"sides of the result must be multiples of {self.down}, got {[self.factor*n for n in lq.shape[-2:]]}")
-        return self.vae.config.latent_channels, *(self.factor*n//self.down for n in lq.shape[-2:])
+        sides = [self.factor*n for n in lq.shape[-2:]]
+        if any(n % self.down for n in sides):
+            raise ValueError(f"sides of the result must be multiples of {self.down}, got {sides}")
+        return self.vae.config.latent_channels, *(n//self.down for n in sides)
 
     @torch.no_grad()
     def latents(self, images:Tensor)->Tensor:
@@ -119,10 +123,14 @@ class LatentCodec:
         z = z.to(self.vae.device, torch.float32)/c.scaling_factor + (c.shift_factor or 0.)
         return quantize((torch.cat([self.vae.decode(o[None].to(self.vae.dtype)).sample.float() for o in z])+1)/2)
 
-def digest_of(net:nn.Module)->str: # 16 hexadecimal digits
-    "What a network's answers depend on: its weights"
-    h = hashlib.blake2b(digest_size=8)
-    for n, p in sorted(net.state_dict().items()): h.update(n.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def digest_of(
+    net:nn.Module,
+    said:str="", # what counts beside the weights
+)->str:          # 16 hexadecimal digits
+    "What a network's answers depend on: its weights, as float32 and under their names without a wrapper"
+    h = hashlib.blake2b(said.encode(), digest_size=8)
+    for n, p in sorted(net.state_dict().items()):
+        h.update(n.removeprefix("module.").encode() + p.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-022
@@ -134,20 +142,24 @@ class Cond:
     pooled:Tensor|None = None # (B,P) its summary: SDXL and FLUX
 
     def __len__(self): return len(self.control)
-    def map(self, f:Callable)->"Cond": return Cond(*(None if o is None else f(o) for o in (self.control, self.text, self.pooled)))
+    def parts(self)->tuple[Tensor|None, ...]: return self.control, self.text, self.pooled
+    def map(self, f:Callable)->"Cond": return Cond(*(None if o is None else f(o) for o in self.parts()))
     def __getitem__(self, i)->"Cond": return self.map(lambda o: o[i])
     def repeat_interleave(self, n:int, dim:int=0)->"Cond": return self.map(lambda o: o.repeat_interleave(n, dim))
     def to(self, *a, **k)->"Cond": return self.map(lambda o: o.to(*a, **k))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is not torch.cat or (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) != 0: return NotImplemented
-        return cls(*(None if o[0] is None else torch.cat(o) for o in zip(*((c.control, c.text, c.pooled) for c in args[0]), strict=True)))
+        along = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        if func is not torch.cat or along != 0: return NotImplemented
+        columns = zip(*(c.parts() for c in args[0]), strict=True)
+        return cls(*(None if o[0] is None else torch.cat(o) for o in columns))
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-025
+_ATTENTION = r"(to_q|to_k|to_v|to_out\.0)" # the projections of every attention
 class ControlledUNet(nn.Module):
     "UNet2DConditionModel and ControlNetModel"
-    lora_parts = dict(base=r"unet\..*\.(to_q|to_k|to_v|to_out\.0)", control=r"controlnet\..*\.(to_q|to_k|to_v|to_out\.0)")
+    lora_base, lora_control = rf"unet\..*\.{_ATTENTION}", rf"controlnet\..*\.{_ATTENTION}" # layers that take LoRA
     base_name = "unet"
     def __init__(self,
         unet:nn.Module,
@@ -171,14 +183,16 @@ class ControlledUNet(nn.Module):
         return (i-1 + (sigma-s[i-1])/(s[i]-s[i-1])).clamp(0, len(s)-1)
 
     def forward(self, x:Tensor, sigma:Tensor, cond:Cond)->Tensor:
-        dtype, t, more = self.dtype, self.timestep(sigma), None
+        dtype, t, more = self.dtype, self.timestep(sigma), {}
         x, cond = x.to(dtype), cond.to(dtype)
         if cond.pooled is not None: # SDXL is told the size: of the original, of the crop's corner, of the target
             h, w = (8*n for n in x.shape[-2:])
-            more = dict(text_embeds=cond.pooled, time_ids=torch.tensor([[h, w, 0, 0, h, w]]*len(x), dtype=dtype, device=x.device))
-        down, mid = self.controlnet(x, t, cond.text, cond.control, self.control_scale, added_cond_kwargs=more, return_dict=False)
+            size = torch.tensor([[h, w, 0, 0, h, w]]*len(x), dtype=dtype, device=x.device)
+            more = dict(added_cond_kwargs=dict(text_embeds=cond.pooled, time_ids=size))
+        down, mid = self.controlnet(x, t, cond.text, cond.control, self.control_scale, return_dict=False, **more)
         down, mid = [o.to(dtype) for o in down], mid.to(dtype)
-        return self.unet(x, t, cond.text, added_cond_kwargs=more, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False)[0]
+        read = dict(down_block_additional_residuals=down, mid_block_additional_residual=mid)
+        return self.unet(x, t, cond.text, return_dict=False, **read, **more)[0]
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-026
 def pack(x:Tensor)->Tensor:
@@ -189,11 +203,13 @@ def unpack(tokens:Tensor, shape:Sequence[int])->Tensor:
     "Inverse of `pack`; `shape` ends in (H,W)"
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, [n//2 for n in shape[-2:]]), 2)
 
+_DOUBLE = rf"transformer_blocks\.\d+\.(norm1\.linear|attn\.{_ATTENTION}|ff\.net\.2)"
+_SINGLE = r"single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.(to_q|to_k|to_v))"
+
 class ControlledFlux(nn.Module):
     "FluxTransformer2DModel and FluxControlNetModel"
-    lora_parts = dict(base=r"transformer\.(x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2)"
-                           r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.(to_q|to_k|to_v)))",
-                      control=r"controlnet\.(x_embedder|transformer_blocks\.\d+\.(norm1\.linear|attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.2))")
+    lora_base = rf"transformer\.(x_embedder|{_DOUBLE}|{_SINGLE})" # layers that take LoRA, as ASASR
+    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE})"
     base_name, stride = "transformer", 16 # pixels
     def __init__(self,
         transformer:nn.Module,
@@ -202,8 +218,10 @@ class ControlledFlux(nn.Module):
         control_scale:float=1.,
     ):
         super().__init__()
-        self.transformer, self.controlnet, self.guidance, self.control_scale, self.dtype = transformer, controlnet, guidance, control_scale, transformer.dtype
-        self.unread = rf"controlnet.*\.transformer_blocks\.{len(controlnet.transformer_blocks)-1}\.(attn\.to_add_out|ff_context)\." # the last block's text tokens
+        self.transformer, self.controlnet, self.dtype = transformer, controlnet, transformer.dtype
+        self.guidance, self.control_scale = guidance, control_scale
+        last = len(controlnet.transformer_blocks)-1 # whose text tokens are not read
+        self.unread = rf"controlnet.*\.transformer_blocks\.{last}\.(attn\.to_add_out|ff_context)\."
         self.embeds = [n.config.guidance_embeds for n in (controlnet, transformer)]
 
     def control_of(self, y:Tensor, codec:LatentCodec)->Tensor: return codec.latents(y)
@@ -212,12 +230,37 @@ class ControlledFlux(nn.Module):
         dtype, (h, w) = self.dtype, (n//2 for n in x.shape[-2:])
         cond, ids = cond.to(dtype), torch.zeros(h, w, 3, device=x.device)
         ids[..., 1], ids[..., 2] = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
-        told = dict(timestep=sigma, encoder_hidden_states=cond.text, pooled_projections=cond.pooled, img_ids=ids.flatten(0, 1),
-                    txt_ids=torch.zeros(cond.text.shape[1], 3, device=x.device), return_dict=False)
+        told = dict(timestep=sigma, encoder_hidden_states=cond.text, pooled_projections=cond.pooled,
+                    img_ids=ids.flatten(0, 1), txt_ids=torch.zeros(cond.text.shape[1], 3, device=x.device),
+                    return_dict=False)
         control, base = (dict(told, guidance=torch.full_like(sigma, self.guidance) if e else None) for e in self.embeds)
         tokens = pack(x.to(dtype))
         blocks, _ = self.controlnet(tokens, pack(cond.control), conditioning_scale=self.control_scale, **control)
-        return unpack(self.transformer(tokens, controlnet_block_samples=[o.to(dtype) for o in blocks], **base)[0], x.shape)
+        out = self.transformer(tokens, controlnet_block_samples=[o.to(dtype) for o in blocks], **base)
+        return unpack(out[0], x.shape)
+
+# %% ../nbs/12_backbones.ipynb #b2a1c0d2
+def unet_branch(
+    unet:nn.Module, # UNet2DConditionModel
+)->nn.Module:       # frozen ControlNetModel, on its device and in its precision
+    "A control branch that begins as a copy of encoder and middle, LR read in pixels at the size of the output"
+    from diffusers import ControlNetModel
+    p = next(unet.parameters())
+    with torch.device(p.device): net = ControlNetModel.from_unet(unet)
+    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+
+def flux_branch(
+    transformer:nn.Module, # FluxTransformer2DModel
+    blocks:int=4,          # double blocks; diffusers' from_transformer would take all 19
+)->nn.Module:              # frozen FluxControlNetModel, on its device and in its precision
+    "A control branch that begins as a copy of the first double blocks, LR read through the VAE [DP2O-SR, release]"
+    from diffusers import FluxControlNetModel
+    p, known = next(transformer.parameters()), inspect.signature(FluxControlNetModel.__init__).parameters
+    own = {k: v for k, v in transformer.config.items() if k in known}
+    with torch.device(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
+    for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
+        getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
+    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-031
 class Texts:
@@ -239,21 +282,27 @@ class Texts:
             if file and file.exists(): self.rows[i] = load_file(file)
             else: missing.append((p, i))
         if not missing: return
-        if self.encoder is None: raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
+        if self.encoder is None:
+            raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
         for (p, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
-            if self.folder: replace_file(self.folder/f"{i:016x}.safetensors", lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
+            if self.folder:
+                file = self.folder/f"{i:016x}.safetensors"
+                replace_file(file, lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
 
     def __call__(self, ids:Tensor)->tuple[Tensor, Tensor|None]: # (B,) -> text, pooled
         try: rows = [self.rows[i] for i in ids.tolist()]
-        except KeyError as e: raise ValueError(f"the prompt with the number {e} has not been encoded: give all prompts when the backbone is loaded") from None
+        except KeyError as e:
+            raise ValueError(f"the prompt with the number {e} has not been encoded: "
+                             "give all prompts when the backbone is loaded") from None
         return tuple(torch.stack([r[k] for r in rows]) if k in rows[0] else None for k in ("text", "pooled"))
 
 def _sd_text(pipe, prompts, device, max_tokens): # one row a prompt
     return [dict(text=pipe.encode_prompt(p, device, 1, False)[0][0]) for p in prompts]
 
 def _sdxl_text(pipe, prompts, device, max_tokens):
-    rows = [pipe.encode_prompt(p, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False) for p in prompts]
+    options = dict(device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    rows = [pipe.encode_prompt(p, **options) for p in prompts]
     return [dict(text=r[0][0], pooled=r[2][0]) for r in rows]
 
 def _flux_text(pipe, prompts, device, max_tokens):
@@ -265,12 +314,24 @@ NEGATIVE = "dotted, noise, blur, lowres, smooth" # of DP2O-SR's SD2 script
 
 class Backbone(Policy):
     "A policy on latents that reads a control image and a prompt"
-    def __init__(self, net, path, trained_on, codec, texts:Texts, dtype=torch.float32, guidance:float=1., negative:str=NEGATIVE):
-        super().__init__(net, path, trained_on, codec, dtype, sample_ddpm if isinstance(path, VP) else sample_ddim) # as DP2O-SR's release; on a flow ddim is Euler's method
+    def __init__(self,
+        net,                   # ControlledUNet or ControlledFlux
+        path,                  # that it runs on
+        trained_on,            # the path that its weights know
+        codec,                 # LatentCodec
+        texts:Texts,
+        dtype=torch.float32,   # of the forward
+        guidance:float=1.,     # classifier-free; 1: none
+        negative:str=NEGATIVE, # prompt, read if there is guidance
+    ):
+        sampler = sample_ddpm if isinstance(path, VP) else sample_ddim # as DP2O-SR; on a flow ddim is Euler's method
+        super().__init__(net, path, trained_on, codec, dtype, sampler)
         self.texts, self.guidance, self.negative = texts, guidance, negative
-        self.settings = (guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale) # beside the weights, what samples depend on
+        # what samples depend on beside the weights
+        self.settings = guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale
 
-    def path_of(self, lq:Tensor): return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta")) # the size alone matters
+    def path_of(self, lq:Tensor): # the size alone matters
+        return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta"))
 
     @torch.no_grad()
     def encode(self, lq:Tensor, text:Tensor|None=None)->Cond:
@@ -284,7 +345,8 @@ class Backbone(Policy):
         "Classifier-free guidance: both predictions in one forward"
         if self.guidance == 1: return self.predict(x, sigma, cond)
         text, pooled = (None if o is None else o.to(cond.text) for o in self.texts(text_ids([self.negative]*len(x))))
-        both = self.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([Cond(cond.control, text, pooled), cond]))
+        joined = torch.cat([Cond(cond.control, text, pooled), cond])
+        both = self.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), joined)
         off, on = both.chunk(2)
         return off + self.guidance*(on-off)
 
@@ -293,17 +355,18 @@ class Backbone(Policy):
 class BackboneOptions:
     "How a backbone of room 12 is set up; a small policy takes none of it"
     control:str|None = None        # folder or safetensors file of the control branch; None: a copy of the base
-    train:str = "base"             # "base" or "control": LoRA on the one or the other; "whole": the whole control branch
+    train:str = "base"             # LoRA on "base" or "control", or "whole": all of the control branch
     guidance:float|None = None     # None: 3.5 (SD) or 2.5 (FLUX), as DP2O-SR; 1: none
     negative:str = NEGATIVE        # prompt, if guidance is classifier-free
     control_scale:float = 1.       # factor of the control branch's features
     max_tokens:int = 512           # of T5
     texts:str|None = None          # folder for encoded prompts; None: kept in memory
-    prediction:str|None = None     # "epsilon", "v_prediction" or "flow": an error if the scheduler says otherwise; None: believe it
+    prediction:str|None = None     # "epsilon", "v_prediction", "flow": what its scheduler has to say; None: any
     checkpointing:bool = False     # recompute activations in the backward pass
     tile_vae:bool = False          # encode and decode images above 512 pixels in tiles
     def __post_init__(self):
-        if self.train not in ("base", "control", "whole"): raise ValueError(f"train must be base, control or whole, got {self.train!r}")
+        if self.train not in ("base", "control", "whole"):
+            raise ValueError(f"train must be base, control or whole, got {self.train!r}")
 
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
@@ -311,55 +374,64 @@ class BackboneError(RuntimeError):
 @contextmanager
 def _reading(source:str, what:str):
     "Turn the many errors of a download into one that says what to do"
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors
+    gated = f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)"
     try: yield
     except torch.OutOfMemoryError: raise
-    except GatedRepoError as e: raise BackboneError(f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)") from e
-    except RepositoryNotFoundError as e: raise BackboneError(f"there is no {source} on the Hub, or it is private: check the name, or log in (`hf auth login`)") from e
-    except (LocalEntryNotFoundError, HfHubHTTPError) as e: raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, or give a local folder ({e})") from e
-    except (EntryNotFoundError, HFValidationError, SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+    except errors.GatedRepoError as e: raise BackboneError(gated) from e
+    except errors.RepositoryNotFoundError as e:
+        raise BackboneError(f"there is no {source} on the Hub, or it is private: check the name, "
+                            "or log in (`hf auth login`)") from e
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
+        raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, "
+                            f"or give a local folder ({e})") from e
+    except (errors.EntryNotFoundError, errors.HFValidationError, SafetensorError,
+            OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
         if isinstance(e, BackboneError): raise
         cause = e.__cause__ or e.__context__
         while cause is not None: # diffusers wraps the Hub's errors
-            if isinstance(cause, GatedRepoError): raise BackboneError(f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)") from e
+            if isinstance(cause, errors.GatedRepoError): raise BackboneError(gated) from e
             cause = cause.__cause__ or cause.__context__
-        raise BackboneError(f"{source}: {what} is missing or damaged; give a folder in diffusers' layout with safetensors weights ({e})") from e
+        raise BackboneError(f"{source}: {what} is missing or damaged; give a folder in diffusers' layout "
+                            f"with safetensors weights ({e})") from e
 
 def _part(cls, source:str, name:str, dtype:torch.dtype)->nn.Module:
-    with _reading(source, name): return cls.from_pretrained(source, subfolder=name, dtype=dtype, use_safetensors=True).requires_grad_(False).eval()
+    with _reading(source, name): net = cls.from_pretrained(source, subfolder=name, dtype=dtype, use_safetensors=True)
+    return net.requires_grad_(False).eval()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-036
 def _sd_path(config:dict, source:str):
     "The path that a scheduler's config describes"
-    c = {**dict(num_train_timesteps=1000, beta_start=.0001, beta_end=.02, beta_schedule="linear", prediction_type="epsilon", timestep_spacing="leading", steps_offset=0, rescale_betas_zero_snr=False), **config}
-    if c["beta_schedule"] != "scaled_linear" or c["rescale_betas_zero_snr"]: raise BackboneError(f"{source}: only Stable Diffusion's schedule is known (scaled_linear, not rescaled), its scheduler says {c['beta_schedule']}")
-    kinds = dict(epsilon=SDEps, v_prediction=SDV)
-    if c["prediction_type"] not in kinds: raise BackboneError(f"{source}: predicts {c['prediction_type']!r}, none of {', '.join(kinds)}")
-    if c["timestep_spacing"] not in SPACINGS: raise BackboneError(f"{source}: timestep_spacing {c['timestep_spacing']!r}, none of {', '.join(SPACINGS)}")
-    return kinds[c["prediction_type"]](spacing=c["timestep_spacing"], offset=c["steps_offset"], timesteps=c["num_train_timesteps"], beta_start=c["beta_start"], beta_end=c["beta_end"])
+    absent = dict(num_train_timesteps=1000, beta_start=.0001, beta_end=.02, beta_schedule="linear", steps_offset=0,
+                  prediction_type="epsilon", timestep_spacing="leading", rescale_betas_zero_snr=False)
+    c = {**absent, **config}
+    if c["beta_schedule"] != "scaled_linear" or c["rescale_betas_zero_snr"]:
+        raise BackboneError(f"{source}: only Stable Diffusion's schedule is known (scaled_linear, not rescaled), "
+                            f"its scheduler says {c['beta_schedule']}")
+    kinds, predicts, spacing = dict(epsilon=SDEps, v_prediction=SDV), c["prediction_type"], c["timestep_spacing"]
+    if predicts not in kinds: raise BackboneError(f"{source}: predicts {predicts!r}, none of {', '.join(kinds)}")
+    if spacing not in SPACINGS:
+        raise BackboneError(f"{source}: timestep_spacing {spacing!r}, none of {', '.join(SPACINGS)}")
+    return kinds[predicts](spacing=spacing, offset=c["steps_offset"], timesteps=c["num_train_timesteps"],
+                           beta_start=c["beta_start"], beta_end=c["beta_end"])
 
 def _flux_path(config:dict, source:str):
-    if not config.get("use_dynamic_shifting", False): raise BackboneError(f"{source}: FLUX.1-dev's scheduler shifts with the size of the image; this one does not")
-    return FluxPath(base_shift=config["base_shift"], max_shift=config["max_shift"], base_tokens=config["base_image_seq_len"], max_tokens=config["max_image_seq_len"])
+    if not config.get("use_dynamic_shifting", False):
+        raise BackboneError(f"{source}: FLUX.1-dev's scheduler shifts with the size of the image; this one does not")
+    return FluxPath(base_shift=config["base_shift"], max_shift=config["max_shift"],
+                    base_tokens=config["base_image_seq_len"], max_tokens=config["max_image_seq_len"])
 
 def _unet_net(source, dtype, control, options, path):
-    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     unet = _part(UNet2DConditionModel, source, "unet", dtype)
-    return ControlledUNet(unet, load_control(control, lambda: ControlNetModel.from_unet(unet), dtype), path.sigmas(), options.control_scale)
-
-def _flux_branch(transformer:nn.Module, blocks:int=4)->nn.Module:
-    "The first double blocks as a control branch; diffusers' from_transformer would keep all 19 where the config names no number"
-    from diffusers import FluxControlNetModel
-    known = inspect.signature(FluxControlNetModel.__init__).parameters
-    net = FluxControlNetModel(**{**{k: v for k, v in transformer.config.items() if k in known}, "num_layers": blocks, "num_single_layers": 0})
-    for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
-        getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
-    return net
+    branch = load_control(control, lambda: unet_branch(unet), dtype)
+    return ControlledUNet(unet, branch, path.sigmas(), options.control_scale)
 
 def _flux_net(source, dtype, control, options, path):
     from diffusers import FluxTransformer2DModel
     t = _part(FluxTransformer2DModel, source, "transformer", dtype)
-    return ControlledFlux(t, load_control(control, lambda: _flux_branch(t), dtype), 2.5 if options.guidance is None else options.guidance, options.control_scale)
+    branch = load_control(control, lambda: flux_branch(t), dtype)
+    return ControlledFlux(t, branch, 2.5 if options.guidance is None else options.guidance, options.control_scale)
 
 @dataclass(frozen=True)
 class Kind:
@@ -370,9 +442,11 @@ class Kind:
     guidance:float|None   # classifier-free, by default; None: distilled
     denoiser:str          # name of the base's part
 
-KINDS = dict(StableDiffusionPipeline=Kind(_unet_net, _sd_path, _sd_text, 3.5, "unet"),
-             StableDiffusionXLPipeline=Kind(_unet_net, _sd_path, _sdxl_text, 3.5, "unet"),
-             FluxPipeline=Kind(_flux_net, _flux_path, _flux_text, None, "transformer")) # `_class_name` in a folder's model_index.json
+KINDS = dict( # `_class_name` in a folder's model_index.json
+    StableDiffusionPipeline=Kind(_unet_net, _sd_path, _sd_text, 3.5, "unet"),
+    StableDiffusionXLPipeline=Kind(_unet_net, _sd_path, _sdxl_text, 3.5, "unet"),
+    FluxPipeline=Kind(_flux_net, _flux_path, _flux_text, None, "transformer"),
+)
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-037
 def load_control(
@@ -384,18 +458,24 @@ def load_control(
     net = make()
     if source is not None:
         path = Path(source)
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"): raise BackboneError(f"{path} is pickled, and unpickling can run anything: convert it to safetensors where you trust it")
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            raise BackboneError(f"{path} is pickled, and unpickling can run anything: "
+                                "convert it to safetensors where you trust it")
         file = path if path.suffix == ".safetensors" else path/"diffusion_pytorch_model.safetensors"
-        if file.exists():
-            with _reading(str(path), "the control branch"): state = load_file(file)
-        else:
-            with _reading(str(path), "the control branch"): state = type(net).from_pretrained(str(source), use_safetensors=True).state_dict()
+        with _reading(str(path), "the control branch"):
+            if file.exists(): state = load_file(file)
+            else: state = type(net).from_pretrained(str(source), use_safetensors=True).state_dict()
         for prefix in ("module.", "controlnet."): # of a training script's wrapper
-            if state and all(k.startswith(prefix) for k in state): state = {k.removeprefix(prefix): v for k, v in state.items()}
+            if not all(k.startswith(prefix) for k in state): continue
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
         want = net.state_dict()
-        if odd := sorted(set(state) ^ set(want)): raise BackboneError(f"{path} is no control branch of this base: {len(odd)} weights have no partner, first {odd[0]}")
+        if odd := sorted(set(state) ^ set(want)):
+            raise BackboneError(f"{path} is no control branch of this base: "
+                                f"{len(odd)} weights have no partner, first {odd[0]}")
         for k in want:
-            if state[k].shape != want[k].shape: raise BackboneError(f"{path} is the control branch of another base: {k} has shape {tuple(state[k].shape)}, here {tuple(want[k].shape)}")
+            if state[k].shape != want[k].shape:
+                raise BackboneError(f"{path} is the control branch of another base: {k} has shape "
+                                    f"{tuple(state[k].shape)}, here {tuple(want[k].shape)}")
         net.load_state_dict(state)
     return (net if net.dtype == dtype else net.to(dtype)).requires_grad_(False).eval()
 
@@ -403,7 +483,8 @@ def is_backbone(
     source:str|Path, # a name that ships, a folder, or a name on the Hub
 )->bool:
     "Whether `load_backbone` reads it: a folder with a model_index.json, or owner/name where no folder is"
-    return (Path(source)/"model_index.json").exists() or not Path(source).exists() and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)))
+    if (Path(source)/"model_index.json").exists(): return True
+    return not Path(source).exists() and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)))
 
 def load_backbone(
     source:str|Path,                    # folder in diffusers' layout, or a name on the Hub
@@ -418,22 +499,26 @@ def load_backbone(
     from diffusers.schedulers import DDPMScheduler
     source = str(source)
     with _reading(source, "model_index.json"): index = DiffusionPipeline.load_config(source)
-    if (name := index["_class_name"]) not in KINDS: raise BackboneError(f"{source} is a {name}, none of {', '.join(KINDS)}")
+    if (name := index["_class_name"]) not in KINDS:
+        raise BackboneError(f"{source} is a {name}, none of {', '.join(KINDS)}")
     kind = KINDS[name]
     with _reading(source, "the scheduler's config"): schedule = DDPMScheduler.load_config(source, subfolder="scheduler")
     trained_on = kind.path(schedule, source)
     says = "flow" if isinstance(trained_on, Flow) else schedule.get("prediction_type", "epsilon")
-    if options.prediction not in (None, says): raise BackboneError(f"{source}: its scheduler says that it predicts {says!r}, you say {options.prediction!r}; one of them trains on wrong targets")
+    if options.prediction not in (None, says):
+        raise BackboneError(f"{source}: its scheduler says that it predicts {says!r}, you say {options.prediction!r}; "
+                            "one of them trains on wrong targets")
     if isinstance(path, Shift): raise ValueError("residual shifting is a path of pixels; a backbone works on latents")
+    others = ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser)
+    absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
     def encode(prompts):
         with _reading(source, "a text encoder"):
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True,
-                **{o: None for o in ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser) if o in index}).to(device)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
     guidance = kind.guidance if options.guidance is None else options.guidance
     texts = Texts(encode, options.texts, encoders=source, max_tokens=options.max_tokens, dtype=str(dtype))
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
-    texts.encoder = None # the closure would keep nothing, but a prompt that comes late shall be an error and not a second load
+    texts.encoder = None # a prompt that comes late shall be an error and not a second load
     net = kind.net(source, dtype, options.control, options, trained_on)
     if options.checkpointing:
         for part in (getattr(net, net.base_name), net.controlnet): part.enable_gradient_checkpointing()
@@ -441,7 +526,7 @@ def load_backbone(
     if options.tile_vae: # tiles of 512 pixels, whatever the VAE was trained on
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
-    net.lora_targets = net.lora_parts["base" if options.train == "base" else "control"]
+    net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
     policy = Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     policy.settings += (options.max_tokens, options.tile_vae)
@@ -452,47 +537,61 @@ def _tiny_clip(hidden:int, projection:bool):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     letters = [chr(c) for c in range(33, 127)]
     vocab = {t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
-    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=2, num_attention_heads=2,
-                            projection_dim=hidden, bos_token_id=len(vocab)-2, eos_token_id=len(vocab)-1, pad_token_id=len(vocab)-1)
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), CLIPTokenizer(vocab, [], model_max_length=77)
+    end = len(vocab)-1
+    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2*hidden, num_hidden_layers=2,
+                            num_attention_heads=2, projection_dim=hidden, bos_token_id=end-1, eos_token_id=end,
+                            pad_token_id=end)
+    cls = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return cls(config), CLIPTokenizer(vocab, [], model_max_length=77)
 
 def _tiny_t5(hidden:int):
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
     vocab = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("\u2581", -1.), *((chr(c), -2.) for c in range(33, 127))]
-    config = T5Config(vocab_size=len(vocab), d_model=hidden, d_ff=2*hidden, d_kv=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(vocab_size=len(vocab), d_model=hidden, d_ff=2*hidden, d_kv=8, num_layers=1, num_heads=2,
+                      feed_forward_proj="gated-gelu")
     return T5EncoderModel(config), T5Tokenizer(vocab, extra_ids=0, model_max_length=512)
 
 def _tiny_vae(channels:int, **more):
     from diffusers import AutoencoderKL
-    return AutoencoderKL(block_out_channels=(4, 4, 8, 8), down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4, norm_num_groups=2,
-                         layers_per_block=1, latent_channels=channels, sample_size=64, **more)
+    return AutoencoderKL(block_out_channels=(4, 4, 8, 8), down_block_types=("DownEncoderBlock2D",)*4,
+                         up_block_types=("UpDecoderBlock2D",)*4, norm_num_groups=2, layers_per_block=1,
+                         latent_channels=channels, sample_size=64, **more)
 
 def _tiny_unet(width:int, **more):
     from diffusers import UNet2DConditionModel
-    return UNet2DConditionModel(block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                                norm_num_groups=4, layers_per_block=1, cross_attention_dim=width, attention_head_dim=(2, 4), sample_size=8, **more)
+    return UNet2DConditionModel(block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
+                                layers_per_block=1, cross_attention_dim=width, attention_head_dim=(2, 4),
+                                sample_size=8, use_linear_projection=True, **more)
 
 def _tiny_sd(prediction):
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     text, tokenizer = _tiny_clip(16, False)
-    return StableDiffusionPipeline(_tiny_vae(4, scaling_factor=.18215), text, tokenizer, _tiny_unet(16, use_linear_projection=True), _sd_scheduler(DDPMScheduler, prediction), None, None, None, False)
+    vae, unet = _tiny_vae(4, scaling_factor=.18215), _tiny_unet(16)
+    scheduler = _sd_scheduler(DDPMScheduler, prediction)
+    return StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, None, False)
 
 def _tiny_sdxl(prediction):
     from diffusers import DDPMScheduler, StableDiffusionXLPipeline
     (text, tokenizer), (text_2, tokenizer_2) = _tiny_clip(16, False), _tiny_clip(16, True)
-    unet = _tiny_unet(32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6*8+16, transformer_layers_per_block=(1, 1), use_linear_projection=True)
-    return StableDiffusionXLPipeline(_tiny_vae(4, scaling_factor=.13025), text, text_2, tokenizer, tokenizer_2, unet, _sd_scheduler(DDPMScheduler, prediction), add_watermarker=False)
+    unet = _tiny_unet(32, addition_embed_type="text_time", addition_time_embed_dim=8,
+                      projection_class_embeddings_input_dim=6*8+16, transformer_layers_per_block=(1, 1))
+    vae, scheduler = _tiny_vae(4, scaling_factor=.13025), _sd_scheduler(DDPMScheduler, prediction)
+    return StableDiffusionXLPipeline(vae, text, text_2, tokenizer, tokenizer_2, unet, scheduler, add_watermarker=False)
 
 def _sd_scheduler(cls, prediction):
-    return cls(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, steps_offset=1, clip_sample=False, timestep_spacing="leading", prediction_type=prediction)
+    return cls(beta_schedule="scaled_linear", beta_start=.00085, beta_end=.012, steps_offset=1, clip_sample=False,
+               timestep_spacing="leading", prediction_type=prediction)
 
 def _tiny_flux(prediction):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     (text, tokenizer), (text_2, tokenizer_2) = _tiny_clip(16, False), _tiny_t5(16)
-    t = FluxTransformer2DModel(in_channels=16, num_layers=7, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-                               pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True), _tiny_vae(4, scaling_factor=.3611, shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False),
-                        text, tokenizer, text_2, tokenizer_2, t)
+    t = FluxTransformer2DModel(in_channels=16, num_layers=7, num_single_layers=2, attention_head_dim=16,
+                               num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16,
+                               guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+    vae = _tiny_vae(4, scaling_factor=.3611, shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False)
+    return FluxPipeline(scheduler, vae, text, tokenizer, text_2, tokenizer_2, t)
 
 TINY = dict(sd=_tiny_sd, sdxl=_tiny_sdxl, flux=_tiny_flux)
 
@@ -518,7 +617,9 @@ def write_tiny_control(
     "A random control branch of the same shapes, none of its outputs zero"
     g, net = generator(seed), policy.net.controlnet
     with torch.no_grad():
-        for p in net.parameters(): p.copy_(.5*torch.randn(p.shape, generator=g)/max(p[0].numel(), 1)**.5 if p.ndim > 1 else p + .05*torch.randn(p.shape, generator=g))
+        for p in net.parameters():
+            noise = torch.randn(p.shape, generator=g)
+            p.copy_(.5*noise/max(p[0].numel(), 1)**.5 if p.ndim > 1 else p + .05*noise)
     net.save_pretrained(folder)
     return Path(folder)
 
@@ -529,14 +630,18 @@ def save_lora(
     names:Sequence[str]=("policy",), # adapters on the base, which are added
 )->Path:                             # the file
     "Write adapters as one LoRA that a plain diffusers pipeline loads by `load_lora_weights`"
-    if lost := set(names)-policy.adapters: raise ValueError(f"there is no adapter {min(lost)!r}; there are {', '.join(sorted(policy.adapters)) or 'none'}")
+    if lost := set(names)-policy.adapters:
+        there = ", ".join(sorted(policy.adapters)) or "none"
+        raise ValueError(f"there is no adapter {min(lost)!r}; there are {there}")
     plain, state = getattr(policy.net, "module", policy.net), {}
     for path, layer in layers_of(plain):
         path, here = path.removeprefix("base_model.model."), [n for n in names if parts_of(layer, n)]
         if not here: continue
-        if not path.startswith(plain.base_name + "."): raise ValueError(f"{path} is part of the control branch: write it with save_control")
-        state[f"{path}.lora_A.weight"] = torch.cat([layer.lora_A[n].weight for n in here]).detach().cpu()
-        state[f"{path}.lora_B.weight"] = torch.cat([layer.scaling[n]*layer.lora_B[n].weight for n in here], 1).detach().cpu()
+        if not path.startswith(plain.base_name + "."):
+            raise ValueError(f"{path} is part of the control branch: write it with save_control")
+        down, up = [layer.lora_A[n].weight for n in here], [layer.scaling[n]*layer.lora_B[n].weight for n in here]
+        state[f"{path}.lora_A.weight"] = torch.cat(down).detach().cpu()
+        state[f"{path}.lora_B.weight"] = torch.cat(up, 1).detach().cpu()
     file = Path(folder)/"pytorch_lora_weights.safetensors"
     replace_file(file, lambda tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, dict(format="pt")))
     return file
@@ -561,5 +666,6 @@ def save_control(
 # %% ../nbs/12_backbones.ipynb #12-backbones-057
 #| eval: false
 if __name__ == "__main__" and "get_ipython" not in globals():
-    if len(sys.argv) != 3 or sys.argv[1] not in TINY: raise SystemExit(f"usage: python -m srnb.backbones {'|'.join(TINY)} folder")
+    if len(sys.argv) != 3 or sys.argv[1] not in TINY:
+        raise SystemExit(f"usage: python -m srnb.backbones {'|'.join(TINY)} folder")
     print(write_tiny(*sys.argv[1:]))

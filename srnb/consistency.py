@@ -84,7 +84,8 @@ def trajectory_gap(
     sigma:Tensor,      # (B,) level at which the trajectories start
 )->Tensor:             # (B,3,H,W), without gradient
     "Where the frozen network leads from the output's state, minus the photograph's end [CTMSR, eqs. 11, 13, 14, 18]"
-    with torch.no_grad(): return teacher(path.state(z_hat, eps, sigma), sigma) - teacher(path.state(z, eps, sigma), sigma)
+    with torch.no_grad():
+        return teacher(path.state(z_hat, eps, sigma), sigma) - teacher(path.state(z, eps, sigma), sigma)
 
 def sds_gap(
     teacher:Callable,  # as above, and all others

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'progress', 'RunOccupied',
-           'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run',
-           'in_words']
+           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'Clock', 'progress',
+           'RunOccupied', 'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run',
+           'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -22,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -36,7 +35,8 @@ def check_close(
     rtol:float=0.,    # tolerance relative to |rhs|
 )->None:              # prints the largest error
     "Raise AssertionError unless both sides have one shape, are finite, non-empty and agree"
-    a, b = [torch.as_tensor(o if isinstance(o, Tensor) else np.asarray(o, dtype=np.float64)).detach().cpu().double() for o in (lhs, rhs)]
+    def tensor(o): return o if isinstance(o, Tensor) else torch.as_tensor(np.asarray(o, dtype=np.float64))
+    a, b = [tensor(o).detach().cpu().double() for o in (lhs, rhs)]
     if a.shape != b.shape: raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     if a.numel() == 0: raise AssertionError("nothing to compare: both sides are empty")
     if not (a.isfinite().all() and b.isfinite().all()): raise AssertionError("a side holds NaN or infinity")
@@ -56,7 +56,8 @@ class expect_fail:
     ): self.kind, self.message = kind, message
     def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
-        if kind is None: raise AssertionError(f"expected {self.kind.__name__} with {self.message!r}, but nothing was raised")
+        if kind is None:
+            raise AssertionError(f"expected {self.kind.__name__} with {self.message!r}, but nothing was raised")
         if not issubclass(kind, self.kind): return False
         if self.message not in str(error): raise AssertionError(f"{self.message!r} is not in: {error}") from error
         print(f"{kind.__name__}: {error}")
@@ -154,7 +155,8 @@ def read_image(
             im = ImageOps.exif_transpose(im)
             if im.has_transparency_data:
                 alpha = np.asarray(im.convert("RGBA"))[..., 3]
-                if alpha.min() < 255: raise ValueError(f"{path}: has transparent pixels; flatten it onto a background first")
+                if alpha.min() < 255:
+                    raise ValueError(f"{path}: has transparent pixels; flatten it onto a background first")
             rgb = np.array(im.convert("RGB"))
     except UnidentifiedImageError: raise ValueError(f"{path}: not an image that Pillow can read") from None
     except (OSError, SyntaxError) as e: raise ValueError(f"{path}: unreadable or truncated image ({e})") from e
@@ -174,7 +176,8 @@ def replace_file(
 )->None:
     "Write a file and then rename it: it is whole or absent"
     path.parent.mkdir(parents=True, exist_ok=True)
-    mask = os.umask(0); os.umask(mask) # it can only be read by setting it
+    mask = os.umask(0) # it can only be read by setting it
+    os.umask(mask)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
     os.close(fd)
@@ -197,6 +200,32 @@ def write_image(
     return path
 
 # %% ../nbs/00_core.ipynb #00-core-034
+class Clock:
+    "Says now and then how much is done, how long it took and how long the rest will take"
+    def __init__(self,
+        what:str,                    # what one item is called, for example "groups"
+        say:Callable[[str], object]=lambda line: print(line, flush=True), # what becomes of a line
+        every:float=5.,              # seconds between lines
+        start:int=0,                 # how many were done before, by an earlier run
+        at_once:bool=False,          # say it after the first item too, if others follow
+        note:Callable[[], str]=str,  # text to add to a line, for example the current loss
+    ):
+        self.what, self.say, self.every, self.start, self.at_once, self.note = what, say, every, start, at_once, note
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self,
+        done:int,  # so far, those of an earlier run included
+        total:int,
+    )->None:
+        "To be called after every item; most calls say nothing"
+        now = time.monotonic()
+        passed, new = now-self.begin, done-self.start
+        at_once, at_end = self.at_once and new == 1 and done < total, done == total and passed >= self.every
+        if not (at_once or at_end or now-self.last >= self.every): return
+        left = passed/max(new, 1)*(total-done)
+        self.say(f"{self.what}: {done}/{total}, {passed:.0f} s, {left:.0f} s left {self.note()}".rstrip())
+        self.last = now
+
 def progress(
     items:Iterable,          # what to loop over
     what:str,                # what one item is called, for example "groups"
@@ -207,14 +236,10 @@ def progress(
 )->Iterator:
     "Yield the items; print now and then how many are done and the time left"
     total = total if total is not None else start + len(items)
-    begin = last = time.monotonic()
+    clock = Clock(what, every=every, start=start, note=note)
     for i, item in enumerate(items, start+1):
         yield item
-        now = time.monotonic()
-        if now-last >= every or (i == total and now-begin >= every):
-            left = (now-begin)/(i-start)*(total-i)
-            print(f"{what}: {i}/{total}, {now-begin:.0f} s, {left:.0f} s left {note()}".rstrip(), flush=True)
-            last = now
+        clock(i, total)
 
 # %% ../nbs/00_core.ipynb #00-core-037
 class RunOccupied(ValueError):
@@ -227,7 +252,10 @@ def write_json(path:str|Path, obj)->Path:
     replace_file(path, lambda tmp: Path(tmp).write_text(text))
     return path
 
-def write_table(path:str|Path, table:pd.DataFrame)->Path:
+def write_table(
+    path:str|Path, # of the file
+    table,         # pandas.DataFrame
+)->Path:
     "Write a parquet table, whole or not at all"
     path = Path(path)
     replace_file(path, lambda tmp: table.to_parquet(tmp, index=False))
@@ -248,7 +276,8 @@ def git_revision()->str|None: # None outside a checkout
     try:
         root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
         if not (root/".git").exists(): return None
-        def git(*a): return subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout
+        def git(*args):
+            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError): return None
 
@@ -259,6 +288,10 @@ def project_root()->Path: # the working folder, outside a checkout
     return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
 
 # %% ../nbs/00_core.ipynb #00-core-040
+def _leaves(said, path:str="")->dict: # path -> value that is no dict
+    if not isinstance(said, dict): return {path: said}
+    return {p: v for k, o in said.items() for p, v in _leaves(o, f"{path}.{k}" if path else k).items()}
+
 def open_run(
     out_dir:str|Path, # the run's folder; made if it is not there
     params:dict,      # everything that decides the result; JSON types only
@@ -268,14 +301,17 @@ def open_run(
     config = out/"config.json"
     if config.exists():
         old = json.loads(config.read_text())["params"]
-        diff = sorted(k for k in {*old, *params} if old.get(k) != params.get(k))
-        if diff: raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
-                                   "give another out_dir, or delete that folder")
+        if any(old.get(k) != params.get(k) for k in {*old, *params}):
+            a, b = _leaves(old), _leaves(params)
+            diff = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k] != b[k])
+            raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
+                              "give another out_dir, or delete that folder")
     else:
         if out.exists() and any(not p.name.startswith(".part-") for p in out.iterdir()):
             raise RunOccupied(f"{out} is not empty and holds no config.json; give another out_dir")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(config, dict(params=params, versions=versions(), git=git_revision(), cpus=os.cpu_count(),
-                                machine=platform.machine(), created=datetime.now(timezone.utc).isoformat(timespec="seconds")))
+                                machine=platform.machine(), created=now))
     return out
 
 def run_done(out_dir:str|Path)->bool:
@@ -283,12 +319,14 @@ def run_done(out_dir:str|Path)->bool:
     return (Path(out_dir)/"metrics.parquet").exists()
 
 def read_run(
-    folder:str|Path,            # of a finished run
-)->tuple[dict, pd.DataFrame]:   # config, metrics (image, seed, metric, variant, value)
+    folder:str|Path, # of a finished run
+)->tuple:            # config, a dict; metrics, a pandas.DataFrame of image, seed, metric, variant, value
     "Configuration and metrics of a finished run"
+    import pandas as pd # 0.3 s, which nothing else here needs
     folder = Path(folder)
     for n in ("config.json", "metrics.parquet"):
-        if not (folder/n).exists(): raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
+        if not (folder/n).exists():
+            raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
     return json.loads((folder/"config.json").read_text()), pd.read_parquet(folder/"metrics.parquet")
 
 # %% ../nbs/00_core.ipynb #00-core-new1

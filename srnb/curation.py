@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .backbones import digest_of
 from .core import RunOccupied, replace_file, check_images, open_run, seed_of, to_bytes, write_table
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
@@ -42,10 +43,12 @@ def top_bottom(
     if reward.ndim != 2: raise ValueError(f"reward must have shape (G,M), got {tuple(reward.shape)}")
     m = reward.shape[1]
     if m < 2: raise ValueError(f"M = {m}: a pair needs at least two candidates of a photograph")
-    if not 1 <= n <= m//2: raise ValueError(f"N must lie in [1, M/2] so that no candidate both wins and loses; got N = {n}, M = {m}")
+    if not 1 <= n <= m//2:
+        raise ValueError(f"N must lie in [1, M/2] so that no candidate both wins and loses; got N = {n}, M = {m}")
     if not torch.isfinite(reward).all():
         g, i = (~torch.isfinite(reward)).nonzero()[0].tolist()
-        raise ValueError(f"the reward of candidate {i} of group {g} is {reward[g, i]}; score it again or drop the group")
+        raise ValueError(f"the reward of candidate {i} of group {g} is {reward[g, i]}; "
+                         "score it again or drop the group")
     order = reward.argsort(dim=1, descending=True, stable=True)
     return order[:, :n], order[:, m-n:]
 
@@ -79,11 +82,13 @@ def hpo_weights(
     return weight
 
 # %% ../nbs/21_curation.ipynb #21-curation-019
-BEAT, STALE, PATIENCE = 10., 120., 3600. # seconds: a claim is touched; untouched for so long, it is void; nothing changes, and waiting ends
+BEAT, STALE = 10., 120. # seconds after which a claim is touched, and after which an untouched one is void
+PATIENCE = 3600.        # seconds without a change after which waiting ends
 
 def _place()->tuple[int, int]: # rank and number of processes, as torchrun and accelerate launch set them
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world: raise ValueError(f"the environment needs 0 <= RANK < WORLD_SIZE, got RANK={rank}, WORLD_SIZE={world}")
+    if not 0 <= rank < world:
+        raise ValueError(f"the environment needs 0 <= RANK < WORLD_SIZE, got RANK={rank}, WORLD_SIZE={world}")
     return rank, world
 
 def _host()->str: # where a process number means something: a machine, or a container on it
@@ -97,7 +102,8 @@ class Ledger:
         folder:str|Path, # of a bank
         sync:bool=True,  # wait for the disk at every line
     ):
-        self.folder, self.sync, self.done, self.read = Path(folder), sync, {}, {} # done: ids as keys; read: bytes read of each file
+        self.folder, self.sync = Path(folder), sync
+        self.done, self.read = {}, {} # ids as keys; bytes read of each file
         rank, world = _place()
         self.manifest = self.folder/("manifest.jsonl" if world == 1 else f"manifest-{rank}.jsonl")
 
@@ -127,7 +133,8 @@ class Ledger:
     )->None:
         "Note a group as finished, on the disk"
         with open(self.manifest, "a") as f:
-            f.write(json.dumps(dict(id=i)) + "\n"); f.flush()
+            f.write(json.dumps(dict(id=i)) + "\n")
+            f.flush()
             if self.sync: os.fsync(f.fileno())
         self.done[i] = None
 
@@ -136,12 +143,13 @@ class Ledger:
     )->None:
         "Make one manifest of many, the one that a single process would have written"
         if parts := list(self.folder.glob("manifest-*.jsonl")):
-            replace_file(self.folder/"manifest.jsonl", lambda tmp: Path(tmp).write_text("".join(json.dumps(dict(id=i)) + "\n" for i in ids)))
+            text = "".join(json.dumps(dict(id=i)) + "\n" for i in ids)
+            replace_file(self.folder/"manifest.jsonl", lambda tmp: Path(tmp).write_text(text))
             for path in parts: path.unlink(missing_ok=True)
 
 def finished_groups(
     folder:str|Path, # of a bank
-)->list[str]:        # ids in the order in which they were finished; if several processes are at work, process by process
+)->list[str]:        # ids in the order in which they were finished; of several processes, one process after the other
     "Groups that are whole, over all manifests, each once: a torn last line does not count"
     ledger = Ledger(folder)
     ledger.refresh()
@@ -149,10 +157,12 @@ def finished_groups(
 
 # %% ../nbs/21_curation.ipynb #21-curation-023
 class Claims:
-    "Who works on what: a link for each group in work, whose text names its process and which is touched while that lives"
+    "Who works on what: a link for each group in work, whose text names its process and which that process touches"
     def __init__(self,
         folder:str|Path, # of the claim files
-    ): self.folder, self.me, self.seen, self.held = Path(folder), f"{_host()} {os.getpid()} {os.urandom(4).hex()}", {}, None
+    ):
+        self.folder, self.seen, self.held = Path(folder), {}, None
+        self.me = f"{_host()} {os.getpid()} {os.urandom(4).hex()}"
 
     def __enter__(self):
         self.stop = threading.Event()
@@ -195,7 +205,9 @@ class Claims:
         host, pid, _ = state[0].split()
         ended = time.monotonic()-self.seen[path][1] > STALE
         if host == _host():
-            try: os.kill(int(pid), 0); ended |= int(pid) == os.getpid() and state[0] != self.me # an earlier call
+            try:
+                os.kill(int(pid), 0)
+                ended |= int(pid) == os.getpid() and state[0] != self.me # an earlier call
             except ProcessLookupError: ended = True
             except PermissionError: pass
         return state[0] if ended else None
@@ -225,7 +237,9 @@ def share(
             held = []
             for i in rest:
                 if i in done: continue
-                if not mine.take(i): held.append(i); continue
+                if not mine.take(i):
+                    held.append(i)
+                    continue
                 try:
                     refresh([i])
                     if i not in done: work(i)
@@ -239,9 +253,14 @@ def share(
             rest = held
             if not rest: break
             if now-changed > PATIENCE:
-                raise TimeoutError(f"{what}: waited {now-changed:.0f} s for {len(rest)} that other processes hold, and nothing changed; the first is "
-                                   f"{rest[0]}, see {Path(claims)/rest[0]} for machine and process: end it if it hangs, then call again")
-            if now-said >= 5: print(f"{what}: {len(done)}/{len(ids)}, waiting for {len(rest)} that other processes hold", flush=True); said = now
+                raise TimeoutError(
+                    f"{what}: waited {now-changed:.0f} s for {len(rest)} that other processes hold, and nothing "
+                    f"changed; the first is {rest[0]}, see {Path(claims)/rest[0]} for machine and process: "
+                    "end it if it hangs, then call again")
+            if now-said >= 5:
+                waits = f"waiting for {len(rest)} that other processes hold"
+                print(f"{what}: {len(done)}/{len(ids)}, {waits}", flush=True)
+                said = now
             time.sleep(pause)
             pause = min(2*pause, 2.)
             refresh(rest)
@@ -254,7 +273,7 @@ def rehearse(
     kills:int=3,         # at most, at random moments; each but the last is replaced by a new process of that rank
     seed:int=0,          # of who is killed
     sync:bool=True,      # wait for the disk at every line, as a bank does
-)->dict:                 # seconds; us of wall time and bytes a group; begun again; most claims at a time; seconds to reopen
+)->dict: # seconds; us of wall time and bytes a group; begun again; most claims at a time; seconds to reopen
     "Share empty groups over processes that get killed: what the bookkeeping costs, and what is done twice"
     folder, rng = Path(folder), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +281,9 @@ def rehearse(
     def worker(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
         journal, ledger = os.open(folder/f"begun-{rank}", os.O_CREAT|os.O_APPEND|os.O_WRONLY), Ledger(folder, sync)
-        def work(i): os.write(journal, b"."); ledger.finish(i)
+        def work(i):
+            os.write(journal, b".")
+            ledger.finish(i)
         ledger.mend()
         with redirect_stdout(io.StringIO()): share(folder/"claims", ids, ledger.done, ledger.refresh, work)
     def launch(rank):
@@ -277,8 +298,11 @@ def rehearse(
             most = max(most, len(os.listdir(folder/"claims")) if (folder/"claims").exists() else 0)
         victim = rng.choice(sorted(team))
         child = team.pop(victim)
-        child.kill(); child.join()
-        if child.exitcode == 0: kills = k; break # all groups were finished before it could be killed
+        child.kill()
+        child.join()
+        if child.exitcode == 0: # all groups were finished before it could be killed
+            kills = k
+            break
         if child.exitcode != -9: raise RuntimeError(f"rank {victim} ended with {child.exitcode}")
         if k < kills-1: team[victim] = launch(victim)
     for r, child in team.items():
@@ -291,8 +315,9 @@ def rehearse(
     begin = time.perf_counter()
     finished, reopen = finished_groups(folder), time.perf_counter()-begin
     if finished != ids: raise RuntimeError(f"{len(finished)} of {groups} groups are finished")
-    return dict(groups=groups, processes=processes, kills=kills, seconds=seconds, us=seconds/groups*1e6, again=begun-groups, most_claims=most,
-                bytes=(folder/"manifest.jsonl").stat().st_size/groups, reopen=reopen)
+    size = (folder/"manifest.jsonl").stat().st_size
+    return dict(groups=groups, processes=processes, kills=kills, seconds=seconds, us=seconds/groups*1e6,
+                again=begun-groups, most_claims=most, bytes=size/groups, reopen=reopen)
 
 # %% ../nbs/21_curation.ipynb #21-curation-031
 @dataclass(frozen=True)
@@ -316,10 +341,8 @@ def fingerprint(
     policy:Policy, # with or without adapters
 )->str:            # 16 hexadecimal digits
     "What a policy's samples depend on: its weights, path, codec, precision and guidance"
-    h = hashlib.blake2b(repr((policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings)).encode(), digest_size=8)
-    for n, p in sorted(policy.net.state_dict().items()):
-        h.update(n.removeprefix("module.").encode() + p.detach().cpu().float().numpy().tobytes())
-    return h.hexdigest()
+    said = policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings
+    return digest_of(policy.net, repr(said))
 
 # %% ../nbs/21_curation.ipynb #21-curation-032
 def read_group(
@@ -328,13 +351,14 @@ def read_group(
 )->Group:
     "One group, as float32 images"
     with safe_open(Path(folder)/"groups"/f"{image_id}.safetensors", "pt") as f:
-        return Group(image_id, *(f.get_tensor(k).float().div(255) for k in ("lq", "gt", "sr")), (f.metadata() or {}).get("prompt", ""))
+        lq, gt, sr = (f.get_tensor(k).float().div(255) for k in ("lq", "gt", "sr"))
+        return Group(image_id, lq, gt, sr, (f.metadata() or {}).get("prompt", ""))
 
 # %% ../nbs/21_curation.ipynb #21-curation-033
 def make_bank(
     folder:str|Path,                # the bank; made, or continued if it has the same parameters
     policy:Policy,                  # whose candidates they are
-    pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq (3,h,w), gt (3,H,W)) of every photograph; may read them when asked
+    pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq (3,h,w), gt (3,H,W)) of each photograph; may read when asked
     m:int,                          # candidates of a photograph
     steps:int=10,                   # of the sampler
     sampler:Callable|None=None,     # None: the policy's own
@@ -346,15 +370,16 @@ def make_bank(
     def draw(i, lq):
         prompt = dict(prompts=[prompts[i]]) if prompts and prompts[i] else {}
         return policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler, **prompt)[0]
-    params = dict(policy=fingerprint(policy), m=m, steps=steps, sampler=(sampler or policy.sampler).__name__, seed=seed, **(note or {}))
+    params = dict(policy=fingerprint(policy), m=m, steps=steps, sampler=(sampler or policy.sampler).__name__,
+                  seed=seed, **(note or {}))
     return _fill(folder, pairs, draw, f"groups of {m}", params, prompts)
 
 def make_outputs(
     folder:str|Path,                # as `make_bank`, and `read_group` reads it
-    models:dict[str, Callable],     # name -> (1,3,h,w) to (1,3,H,W): other models, whose outputs are the candidates, in this order
+    models:dict[str, Callable],     # name -> (1,3,h,w) to (1,3,H,W): their outputs are the candidates, in this order
     pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq, gt)
     note:dict|None=None,            # what else decides the inputs
-    prompts:dict[str, str]|None=None, # id -> prompt, kept with the group for whoever trains on it; none: every prompt is empty
+    prompts:dict[str, str]|None=None, # id -> prompt, kept with the group for training; none: every prompt is empty
 )->Path:
     "One output of every model for every photograph, as a bank; finished groups are never done again"
     if not models: raise ValueError("there is no model to take outputs from")
@@ -364,15 +389,19 @@ def make_outputs(
 def _fill(folder, pairs, draw, what, params, prompts=None): # draw: (id, lq) -> (M,3,H,W)
     ids, inputs = [], hashlib.blake2b(digest_size=8)
     for i, lq, gt in pairs:
-        for o, name in ((lq, "lq"), (gt, "gt")): inputs.update(to_bytes(check_images(o[None], f"{name} of {i}")).cpu().numpy().tobytes())
+        for o, name in ((lq, "lq"), (gt, "gt")):
+            inputs.update(to_bytes(check_images(o[None], f"{name} of {i}")).cpu().numpy().tobytes())
         ids.append(i)
     if not ids: raise ValueError("there is no photograph to sample from")
-    if len(set(ids)) != len(ids): raise ValueError(f"two photographs have one id: {min(i for i, n in Counter(ids).items() if n > 1)}")
+    if twice := [i for i, n in Counter(ids).items() if n > 1]:
+        raise ValueError(f"two photographs have one id: {min(twice)}")
     params = dict(params, ids=ids, inputs=inputs.hexdigest())
     if prompts is not None:
         if lost := [i for i in ids if not isinstance(prompts.get(i), str)]:
-            raise ValueError(f"{len(lost)} of {len(ids)} photographs have no prompt, the first is {lost[0]}; give each id a string, which may be empty")
-        params["prompts"] = hashlib.blake2b(json.dumps([prompts[i] for i in ids]).encode(), digest_size=8).hexdigest()
+            raise ValueError(f"{len(lost)} of {len(ids)} photographs have no prompt, the first is {lost[0]}; "
+                             "give each id a string, which may be empty")
+        said = json.dumps([prompts[i] for i in ids])
+        params["prompts"] = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
     try: folder = open_run(folder, params)
     except RunOccupied:
         if not (Path(folder)/"config.json").exists(): raise
@@ -381,12 +410,14 @@ def _fill(folder, pairs, draw, what, params, prompts=None): # draw: (id, lq) -> 
     def work(i):
         _, lq, gt = pairs[at[i]]
         sr = draw(i, lq)
-        if sr.shape[1:] != gt.shape: raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {tuple(gt.shape)}")
+        if sr.shape[1:] != gt.shape:
+            raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {tuple(gt.shape)}")
         state, prompt = dict(lq=to_bytes(lq), gt=to_bytes(gt), sr=to_bytes(sr)), (prompts or {}).get(i)
         def write(tmp):
             save_file(state, tmp, dict(prompt=prompt) if prompt else None)
             fd = os.open(tmp, os.O_RDONLY)
-            os.fsync(fd); os.close(fd) # on the disk before its line is
+            os.fsync(fd) # on the disk before its line is
+            os.close(fd)
         replace_file(folder/"groups"/f"{i}.safetensors", write)
         ledger.finish(i)
     ledger.mend()
@@ -406,12 +437,13 @@ def score_bank(
         for i in ids:
             if (table := table_of(i)) is not None and names <= set(table.metric): tables[i] = table
     def work(i):
-        table, group = table_of(i), read_group(folder, i)
-        missing = [m for m in metrics if table is None or m.name not in set(table.metric)]
+        there, group = table_of(i), read_group(folder, i)
+        missing = [m for m in metrics if there is None or m.name not in set(there.metric)]
         try: new = score_group(missing, group.sr, group.gt)
         except ValueError as e: raise ValueError(f"photograph {i}: {e}") from e
-        rows = [pd.DataFrame(dict(group=i, candidate=range(len(v)), metric=n, value=v.tolist())) for n, v in new.items()]
-        tables[i] = pd.concat([*([] if table is None else [table]), *rows], ignore_index=True)
+        def table(name, v): return pd.DataFrame(dict(group=i, candidate=range(len(v)), metric=name, value=v.tolist()))
+        old = [] if there is None else [there]
+        tables[i] = pd.concat([*old, *(table(n, v) for n, v in new.items())], ignore_index=True)
         write_table(folder/"scores"/f"{i}.parquet", tables[i])
     ids = finished_groups(folder)
     share(folder/"claims-scores", ids, tables, refresh, work, "groups scored")
@@ -441,4 +473,5 @@ def bank_bounds(
     reward:Reward,
 )->GlobalBounds:
     "A normaliser frozen from a bank; see room 20"
-    return fit_bounds({m.name: scores[scores.metric == m.name].value.to_numpy() for m in reward.metrics}, reward.metrics)
+    values = {m.name: scores[scores.metric == m.name].value.to_numpy() for m in reward.metrics}
+    return fit_bounds(values, reward.metrics)

@@ -201,13 +201,14 @@ def trim(
 def _partner(photo:Photo, image:Tensor, scale:int)->Tensor: # the low-resolution image of a ready pair
     lq = read_image(photo.lq)
     if [scale*o for o in lq.shape[1:]] != list(image.shape[1:]):
-        raise ValueError(f"{photo.path} has {image.shape[1]}×{image.shape[2]} pixels, not {scale} times the {lq.shape[1]}×{lq.shape[2]} of {photo.lq}")
+        size, have = "×".join(map(str, lq.shape[1:])), "×".join(map(str, image.shape[1:]))
+        raise ValueError(f"{photo.path} has {have} pixels, not {scale} times the {size} of {photo.lq}")
     return lq
 
 def make_pair(
     photo:Photo,
     size:int|Sequence[int],   # (H, W) of gt in pixels, multiples of `scale`; one number for both
-    degradation:Degradation|Callable, # settings, or a function (gt, generator, scale) -> lq; a ready pair has no use for it
+    degradation:Degradation|Callable, # settings, or a function (gt, generator, scale) -> lq; unused for a ready pair
     scale:int=4,              # H over h
     draw:int=0,               # another number gives another degradation of the same photograph
     place:int=0,              # 0: the middle; 1 to 4: a corner
@@ -249,9 +250,9 @@ class PatchPool:
     "Photographs for training in memory, each with several degraded versions, cut into aligned patches on demand"
     def __init__(self,
         photos:Sequence[Photo],             # none may be held out
-        degradation:Degradation|Callable,   # settings, or a function (gt, generator, scale) -> lq; a ready pair has no use for it
+        degradation:Degradation|Callable,   # settings, or a function (gt, generator, scale) -> lq
         versions:int=8,                     # degraded copies of each photograph; a ready pair has one
-        max_side:int|None=None,             # pixels; larger photographs are downscaled to this; a ready pair stays as it is
+        max_side:int|None=None,             # pixels; larger photographs are downscaled, ready pairs stay as they are
         scale:int=4,                        # side of gt over side of lq
         held_out:Sequence[Photo]|None=None, # what must stay out; None: the embedded held-out photographs
     ):
@@ -270,7 +271,7 @@ class PatchPool:
                 raise ValueError(f"{p.path} has {H}×{W} pixels, need at least 32×32; leave it out")
             if p.lq: # cut both alike
                 lq = [trim(_partner(p, image, scale), 2)]
-                gt = crop(image, [scale*o for o in lq[0].shape[1:]], 0, 0) # what `trim` cuts off is the last row or column
+                gt = crop(image, [scale*o for o in lq[0].shape[1:]], 0, 0) # `trim` cuts off the last row or column
             else:
                 gt = trim(image, 2*scale).contiguous()
                 lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation_name(degradation), k)), scale)

@@ -108,12 +108,12 @@ def sinc_kernel(
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-032
 def mirrored(
-    n:int,   # length of a side, pixels
-    pad:int, # pixels to add at both ends
-)->Tensor:   # (n+2*pad,), indices into the side
+    n:int,               # length of a side, pixels
+    before:int,          # pixels to add in front of it
+    after:int|None=None, # and behind it; None: as many
+)->Tensor:               # (before+n+after,), indices into the side
     "Indices that continue a side by mirroring it without repeating the edge, as often as needed"
-    if n == 1: return torch.zeros(1+2*pad, dtype=torch.long)
-    i = torch.arange(-pad, n+pad) % (2*n-2)
+    i = torch.arange(-before, n+(before if after is None else after)) % max(2*n-2, 1)
     return torch.where(i < n, i, 2*n-2-i)
 
 def blur(
@@ -336,8 +336,8 @@ def degradation_name(
     "What a degradation is called: its `name`, or the name of the function"
     name = getattr(degradation, "name", getattr(degradation, "__name__", None))
     if not isinstance(degradation, (Degradation, Callable)) or not isinstance(name, str):
-        raise TypeError("degradation must be a Degradation, such as RESSHIFT_TEST, or a function (gt, generator, scale) -> lq with a name, "
-                        f"got {type(degradation).__name__}")
+        raise TypeError("degradation must be a Degradation, such as RESSHIFT_TEST, or a function "
+                        f"(gt, generator, scale) -> lq with a name, got {type(degradation).__name__}")
     return name
 
 def _check_input(gt, degradation, generator, scale):
@@ -365,7 +365,7 @@ def _check_output(lq, name, final): # of somebody's function; 8-bit values
 @torch.no_grad()
 def degrade(
     gt:Tensor,               # (3,H,W), [0, 1], sides at least 32 and multiples of `scale`
-    degradation:Degradation|Callable, # settings, for example `RESSHIFT_TEST`, or a function (gt, generator, scale) -> lq
+    degradation:Degradation|Callable, # settings, such as `RESSHIFT_TEST`, or a function (gt, generator, scale) -> lq
     generator:Generator,     # on the CPU; everything random comes from it
     scale:int=4,             # how much smaller `lq` is
 )->Tensor:                   # (3,H/scale,W/scale), 8-bit values

@@ -242,4 +242,6 @@ def claim(
 )->dict:
     "A sentence of a conclusion with what it rests on"
     i, s = interval(d.value, d.image), d.groupby("training").value.mean()
-    return dict(sentence=sentence, row=row, value=describe(d, digits), interval=verdict(i), seeds=f"{int((s*i.mean > 0).sum())} of {len(s)} agree")
+    agree = int((s*i.mean > 0).sum()) # the sign of the mean
+    return dict(sentence=sentence, row=row, value=describe(d, digits), interval=verdict(i),
+                seeds=f"{agree} of {len(s)} agree")

@@ -61,8 +61,10 @@ class Buffer:
         **rows:Tensor, # (R,...) each; the same names every time
     )->None:
         "Append rows; the oldest fall out"
-        if self.rows and set(rows) != set(self.rows): raise ValueError(f"rows must have {sorted(self.rows)}, got {sorted(rows)}")
-        if len({len(o) for o in rows.values()}) != 1: raise ValueError(f"all must have one length, got { {k: len(o) for k, o in rows.items()} }")
+        lengths = {k: len(o) for k, o in rows.items()}
+        if self.rows and set(rows) != set(self.rows):
+            raise ValueError(f"rows must have {sorted(self.rows)}, got {sorted(rows)}")
+        if len(set(lengths.values())) != 1: raise ValueError(f"all must have one length, got {lengths}")
         old = self.rows or {k: o[:0] for k, o in rows.items()}
         self.rows = {k: torch.cat([old[k], o])[-self.capacity:].clone() for k, o in rows.items()}
 
@@ -72,7 +74,8 @@ class Buffer:
 
     def restore(self, tensors:dict[str, Tensor])->None:
         "Take what `tensors` gave"
-        if any(len(o) > self.capacity for o in tensors.values()): raise ValueError(f"the checkpoint holds more rows than the capacity of {self.capacity}")
+        if any(len(o) > self.capacity for o in tensors.values()):
+            raise ValueError(f"the checkpoint holds more rows than the capacity of {self.capacity}")
         self.rows = dict(tensors)
 
 def take_snapshot(

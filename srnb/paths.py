@@ -61,7 +61,7 @@ class Path:
 # %% ../nbs/02_paths.ipynb #02-paths-011
 @dataclass(frozen=True)
 class Flow(Path):
-    "Rectified flow: a straight line; the network predicts eps - z [Liu+ 2022; ASASR, eqs. 1, 2; DP2O-SR, velocity form]"
+    "Rectified flow: straight lines; the network predicts eps - z [Liu+ 2022; ASASR, eqs. 1, 2; DP2O-SR, velocity form]"
     def alpha(self, sigma): return 1-sigma
     def target(self, z, eps, sigma, y=None): return eps-z
     def estimates(self, x, prediction, sigma):
@@ -166,7 +166,7 @@ def convert(
 # %% ../nbs/02_paths.ipynb #02-paths-043
 @dataclass(frozen=True)
 class Shift(Path):
-    "Residual shifting, from the noisy enlarged input to the photograph z, the target [Yue+ 2023; CTMSR, eqs. 7, 22, 23]"
+    "Residual shifting from the noisy enlarged input to the photograph z, the target [Yue+ 2023; CTMSR, eqs. 7, 22, 23]"
     rho_shift:float=1.  # a = time**rho_shift
     rho_noise:float=1.  # sigma = sigma_max*time**rho_noise
     sigma_max:float=1.  # noise level at the far end, (0, 1]
@@ -174,7 +174,8 @@ class Shift(Path):
     steps = 1
     def __post_init__(self):
         if not (0 < self.sigma_max <= 1 and self.rho_shift > 0 and self.rho_noise > 0):
-            raise ValueError(f"need sigma_max in (0, 1] and positive rho, got {self.sigma_max}, {self.rho_shift}, {self.rho_noise}")
+            raise ValueError("need sigma_max in (0, 1] and positive rho, "
+                             f"got {self.sigma_max}, {self.rho_shift}, {self.rho_noise}")
     def given(self, y): return replace(self, y=y)
     def _y(self, y=None):
         if y is None: y = self.y
@@ -202,7 +203,8 @@ class Shift(Path):
         a = self.share(sigma)
         return (x - like_batch(a, x)*self._y())/like_batch(1-a+sigma, x), sigma/(1-a+sigma)
     def from_flow(self, x, sigma):
-        if self.rho_shift != self.rho_noise: raise ValueError("from_flow needs rho_shift = rho_noise: no closed form otherwise")
+        if self.rho_shift != self.rho_noise:
+            raise ValueError("from_flow needs rho_shift = rho_noise: no closed form otherwise")
         own = self.sigma_max*sigma/(self.sigma_max + sigma*(1-self.sigma_max))
         a = self.share(own)
         return x*like_batch(1-a+own, x) + like_batch(a, x)*self._y(), own
@@ -277,7 +279,7 @@ def sample_ab2(
     path:Path,        # what the prediction means
     draw:Callable|None=None, # not asked: this sampler is deterministic
 )->Tensor:            # (B,C,H,W), state at sigmas[-1]
-    "Deterministic sampler of second order, one prediction a step: a line through this velocity and the last [Hairer+ 1993, sec. III.1]"
+    "Deterministic, of second order, one prediction a step: a line through the last two [Hairer+ 1993, sec. III.1]"
     last = None # flow's noise level and velocity
     for now, after in check_sigmas(sigmas, x).unfold(0, 2, 1):
         now, after = now.expand(len(x)), after.expand(len(x))
@@ -287,4 +289,5 @@ def sample_ab2(
         x, last = path.state(x - like_batch(s, x)*line, x + like_batch(1-s, x)*line, after), (s, v)
     return x
 
-SAMPLERS = dict(ddim=sample_ddim, ab2=sample_ab2, ddpm=sample_ddpm) # names in configs, in a policy's file and on the command line
+# names in configs, in a policy's file and on the command line
+SAMPLERS = dict(ddim=sample_ddim, ab2=sample_ab2, ddpm=sample_ddpm)

@@ -59,7 +59,7 @@ def group_margins(
 def ranking_loss(
     gap_w:Tensor,             # (G,Nw) mean square, of the winners
     gap_l:Tensor,             # (G,Nl) of the losers
-    link:Callable,            # margins -> loss of each, same shape: `dpo_loss` or `hinge_loss` with its constant filled in
+    link:Callable,            # margins -> loss of each: `dpo_loss` or `hinge_loss` with its constant filled in
     weight:Tensor|None=None,  # (G,Nw,Nl), mean 1, [g, winner, loser]; None: ones
 )->Tensor:                    # (G,) mean over the pairs of a group
     "Weighted loss over all pairs of every group [DP2O-SR, loss]"

@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -32,19 +32,21 @@ from .data import Photo
 from .rewards import GroupMinMax, Metric, Reward
 
 # %% ../nbs/22_release.ipynb #22-release-009
+_FACTS = ("prompt", "seeds", "scores", "reward", "photo") # what a row may hold beside id and images
+
 @dataclass(frozen=True)
 class _Row: # a group as it stands in a shard
     where:str   # file and row, for errors
     id:str
-    prompt:str
     lq:bytes    # PNG
     gt:bytes    # PNG
     sr:list     # M PNG
-    seeds:list  # M integers, or none
-    scores:dict # metric -> M numbers
-    reward:list # M numbers, or none
-    photo:dict  # author, licence, source, title, changes, sha256; or empty
     about:dict  # of the whole bank
+    prompt:str=""
+    seeds:list=field(default_factory=list)  # M integers, or none
+    scores:dict=field(default_factory=dict) # metric -> M numbers
+    reward:list=field(default_factory=list) # M numbers, or none
+    photo:dict=field(default_factory=dict)  # author, licence, source, title, changes, sha256; or empty
 
 def _png(image:Tensor)->bytes: # (3,H,W)
     file = io.BytesIO()
@@ -52,44 +54,63 @@ def _png(image:Tensor)->bytes: # (3,H,W)
     return file.getvalue()
 
 def _name(i:str, where:str)->str: # ids become file names
-    if not isinstance(i, str) or not i or i.startswith(".") or len(i.encode()) > 200 or re.search(r'[/\\:\x00-\x1f]', i):
-        raise ValueError(f"{where}: the id {i!r} cannot be a file name (1 to 200 bytes, no / \\ : or control character, no dot first); rename it")
+    fits = isinstance(i, str) and 0 < len(i.encode()) <= 200
+    if not fits or i.startswith(".") or re.search(r'[/\\:\x00-\x1f]', i):
+        raise ValueError(f"{where}: the id {i!r} cannot be a file name (1 to 200 bytes, no / \\ : or control "
+                         "character, no dot first); rename it")
     return i
 
 # %% ../nbs/22_release.ipynb #22-release-010
-def _facts(bank:Path, metrics, reward, normaliser, photos)->tuple[list[str], dict, dict]: # ids, about, id -> what a row holds beside images
-    if not (bank/"config.json").exists(): raise FileNotFoundError(f"{bank} holds no config.json: give the folder of a bank that make_bank wrote")
+def _facts(bank:Path, metrics, reward, normaliser, photos)->tuple[list[str], dict, dict]:
+    "Ids, what holds for the whole bank, and by id what a row holds beside images"
+    if not (bank/"config.json").exists():
+        raise FileNotFoundError(f"{bank} holds no config.json: give the folder of a bank that make_bank wrote")
     config, done = json.loads((bank/"config.json").read_text()), set(finished_groups(bank))
     params = {k: v for k, v in config["params"].items() if k not in ("ids", "inputs")}
-    ids = [_name(i, str(bank)) for i in config["params"].get("ids", sorted(done)) if i in done] # not in the order in which ranks finished them
+    order = config["params"].get("ids", sorted(done)) # not the one in which ranks finished them
+    ids = [_name(i, str(bank)) for i in order if i in done]
     if not ids: raise ValueError(f"{bank} holds no finished group; run make_bank first")
     metrics = list(dict.fromkeys([*metrics, *(reward.metrics if reward else ())]))
     table = score_bank(bank, metrics) if metrics else None
-    values = {m.name: dict(list(table[table.metric == m.name].sort_values("candidate").groupby("group").value)) for m in metrics}
+    def by_group(name): # group -> its values in the order of the candidates
+        return dict(list(table[table.metric == name].sort_values("candidate").groupby("group").value))
+    values = {m.name: by_group(m.name) for m in metrics}
     total = bank_reward(table, reward, ids, normaliser).tolist() if reward else None
-    known = {p.id: {k: getattr(p, k) for k in ("author", "licence", "source", "title", "changes", "sha256")} for p in photos}
-    if known and (lost := [i for i in ids if i not in known]): raise ValueError(f"no photograph of id {lost[0]!r} among the {len(known)} given; give all or none")
+    columns = ("author", "licence", "source", "title", "changes", "sha256")
+    known = {p.id: {k: getattr(p, k) for k in columns} for p in photos}
+    if known and (lost := [i for i in ids if i not in known]):
+        raise ValueError(f"no photograph of id {lost[0]!r} among the {len(known)} given; give all or none")
     seeded = {"m", "seed", "policy"} <= params.keys()
-    about = dict(params=params, versions=config["versions"], metrics={m.name: dict(kind=m.kind, higher_better=m.higher_better) for m in metrics},
-                 reward=None if reward is None else dict(name=reward.name, fr=[m.name for m in reward.fr], nr=[m.name for m in reward.nr], normaliser=repr(normaliser)))
-    return ids, about, {i: dict(seeds=group_seeds(i, params["m"], params["seed"]) if seeded else [], scores={n: v[i].tolist() for n, v in values.items()},
-                                reward=total[g] if reward else [], photo=known.get(i, {})) for g, i in enumerate(ids)}
+    about = dict(params=params, versions=config["versions"],
+                 metrics={m.name: dict(kind=m.kind, higher_better=m.higher_better) for m in metrics},
+                 reward=None if reward is None else
+                        dict(name=reward.name, fr=[m.name for m in reward.fr], nr=[m.name for m in reward.nr],
+                             normaliser=repr(normaliser)))
+    def row(g, i):
+        return dict(seeds=group_seeds(i, params["m"], params["seed"]) if seeded else [],
+                    scores={n: v[i].tolist() for n, v in values.items()},
+                    reward=total[g] if reward else [], photo=known.get(i, {}))
+    return ids, about, {i: row(g, i) for g, i in enumerate(ids)}
 
 # %% ../nbs/22_release.ipynb #22-release-012
 def _export(bank, folder, write, ext, shard_bytes, licence, metrics, reward, normaliser, photos, split, unknown)->Path:
-    if not licence: raise ValueError("a data set needs a licence, as the hub names it: cc0-1.0, cc-by-4.0, other; the photographs decide which")
-    if split not in ("train", "validation", "test"): raise ValueError(f"split must be train, validation or test, got {split!r}")
+    if not licence:
+        raise ValueError("a data set needs a licence, as the hub names it: cc0-1.0, cc-by-4.0, other; "
+                         "the photographs decide which")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split must be train, validation or test, got {split!r}")
     bank = Path(bank)
     ids, about, facts = _facts(bank, metrics, reward, normaliser, photos)
     first = read_group(bank, ids[0])
     per = max(1, int(shard_bytes)//sum(o.numel() for o in (first.lq, first.gt, first.sr))) # raw bytes: PNG is smaller
     n = -(-len(ids)//per)
     content = hashlib.blake2b(json.dumps([about, facts], sort_keys=True).encode(), digest_size=8).hexdigest()
-    folder = open_run(folder, dict(format=ext, split=split, groups=len(ids), groups_per_shard=per, licence=licence, content=content))
+    params = dict(format=ext, split=split, groups=len(ids), groups_per_shard=per, licence=licence, content=content)
+    folder = open_run(folder, params)
     def rows(part):
         for i in part:
             g = read_group(bank, i)
-            yield _Row("", i, g.prompt, _png(g.lq), _png(g.gt), [_png(o) for o in g.sr], about=about, **facts[i])
+            yield _Row("", i, _png(g.lq), _png(g.gt), [_png(o) for o in g.sr], about, g.prompt, **facts[i])
     for k in progress(range(n), "shards"):
         path, part = folder/"data"/f"{split}-{k:05d}-of-{n:05d}.{ext}", ids[k*per:(k+1)*per]
         if not path.exists(): replace_file(path, lambda tmp, part=part, k=k: write(tmp, rows(part), k*per))
@@ -137,8 +158,9 @@ def export_dataset(
     unknown:str="",                    # what a reader should know is not known
     shard_bytes:float=5e8,             # raw bytes of a shard, judged by the first group
 )->Path:                               # folder with data/*.parquet, README.md, config.json
-    "A bank as parquet shards with a card: one row per group, images as PNG; shards that are there are not written again"
-    return _export(bank, folder, _write_parquet, "parquet", shard_bytes, licence, metrics, reward, normaliser, photos, split, unknown)
+    "A bank as parquet shards with a card: one row per group, images as PNG; shards that are there stay"
+    return _export(bank, folder, _write_parquet, "parquet", shard_bytes, licence, metrics, reward, normaliser, photos,
+                   split, unknown)
 
 def export_webdataset(
     bank:str|Path,                     # from `make_bank`; its finished groups are exported
@@ -153,7 +175,8 @@ def export_webdataset(
     shard_bytes:float=5e8,
 )->Path:                               # folder with data/*.tar, README.md, config.json
     "The same as tar shards: NNNNNN.lq.png, .gt.png, .00.png and on, and .json per group"
-    return _export(bank, folder, _write_tar, "tar", shard_bytes, licence, metrics, reward, normaliser, photos, split, unknown)
+    return _export(bank, folder, _write_tar, "tar", shard_bytes, licence, metrics, reward, normaliser, photos, split,
+                   unknown)
 
 # %% ../nbs/22_release.ipynb #22-release-017
 def _write_tar(path, rows:Iterator[_Row], start:int)->None:
@@ -162,7 +185,8 @@ def _write_tar(path, rows:Iterator[_Row], start:int)->None:
             width = max(2, len(str(len(r.sr)-1)))
             facts = dict(id=r.id, prompt=r.prompt, bank=json.dumps(r.about))
             facts |= {n: v for n in ("seeds", "scores", "reward", "photo") if (v := getattr(r, n))}
-            files = {"lq.png": r.lq, "gt.png": r.gt} | {f"{m:0{width}d}.png": o for m, o in enumerate(r.sr)} | {"json": json.dumps(facts, allow_nan=False).encode()}
+            files = {"lq.png": r.lq, "gt.png": r.gt, **{f"{m:0{width}d}.png": o for m, o in enumerate(r.sr)},
+                     "json": json.dumps(facts, allow_nan=False).encode()}
             for n, data in files.items():
                 info = tarfile.TarInfo(f"{k:06d}.{n}")
                 info.size = len(data)
@@ -170,59 +194,87 @@ def _write_tar(path, rows:Iterator[_Row], start:int)->None:
 
 # %% ../nbs/22_release.ipynb #22-release-019
 def _listing(values)->str: # "CC0-1.0 (12), CC-BY-4.0 (3)"
-    return ", ".join(f"{k or 'not stated'} ({n})" for k, n in sorted(Counter(values).items(), key=lambda o: (-o[1], o[0])))
+    most_first = sorted(Counter(values).items(), key=lambda o: (-o[1], o[0]))
+    return ", ".join(f"{k or 'not stated'} ({n})" for k, n in most_first)
 
 def _size_category(n:int)->str: # in the hub's words
     steps = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"]
     return steps[min(max(len(str(n))-3, 0), 5)]
 
+def _score_lines(about)->list[str]: # what the card says of metrics and reward
+    kinds = {"fr": "compares with `gt`", "nr": "looks at the candidate alone"}
+    lines, r = [], about["reward"]
+    if about["metrics"]:
+        lines += ["`scores` are raw, as each pinned variant gives them: **not** oriented and on different scales.", "",
+                  "| metric | kind | better |", "|---|---|---|"]
+        for n, o in about["metrics"].items():
+            lines.append(f"| `{n}` | {kinds[o['kind']]} | {'higher' if o['higher_better'] else 'lower'} |")
+        lines.append("")
+    if r:
+        halves = [", ".join(f"`{n}`" for n in part) for part in (r["fr"], r["nr"]) if part]
+        lines += [f"`reward` is the hybrid `{r['name']}`: the mean of {' and the mean of '.join(halves)}, "
+                  f"oriented so that larger is better; normaliser `{r['normaliser']}`.", ""]
+    return lines
+
 def _dataset_card(folder:Path, ids, about, facts, first, ext, split, licence, unknown)->str:
     from huggingface_hub import DatasetCardData
-    p, m = about["params"], len(first.sr)
-    head = DatasetCardData(license=licence, task_categories=["image-to-image"], size_categories=[_size_category(len(ids))], tags=["super-resolution", "image-quality", "preference"],
-                           configs=[dict(config_name="default", data_files=[dict(split=split, path=f"data/{split}-*.{ext}")])]).to_yaml()
+    p, n, m = about["params"], len(ids), len(first.sr)
+    head = DatasetCardData(license=licence, task_categories=["image-to-image"], size_categories=[_size_category(n)],
+                           tags=["super-resolution", "image-quality", "preference"],
+                           configs=[dict(config_name="default",
+                                         data_files=[dict(split=split, path=f"data/{split}-*.{ext}")])]).to_yaml()
     def said(k): return f"`{p[k]}`" if p.get(k) not in (None, "") else "not recorded"
-    files = sorted((folder/"data").glob(f"*.{ext}"))
-    kinds = {"fr": "compares with `gt`", "nr": "looks at the candidate alone"}
-    about_metrics = [f"| `{n}` | {kinds[o['kind']]} | {'higher' if o['higher_better'] else 'lower'} |" for n, o in about["metrics"].items()]
     licences = [f["photo"]["licence"] for f in facts.values() if f["photo"]]
     gaps = [unknown] if unknown else []
     if "degradation" not in p: gaps.append("the degradation was not recorded")
     if not licences: gaps.append("who made the photographs and under which licence was not recorded")
     if not about["metrics"]: gaps.append("no scores are included")
-    gaps.append("the policy's weights are not part of this data set: seeds give these candidates again only with the policy of that fingerprint, and on other hardware up to rounding")
-    table = ["| metric | kind | better |", "|---|---|---|", *about_metrics] if about_metrics else []
-    r = about["reward"]
-    halves = [", ".join(f"`{n}`" for n in part) for part in (r["fr"], r["nr"]) if part] if r else []
-    reward = [f"`reward` is the hybrid `{r['name']}`: the mean of {' and the mean of '.join(halves)}, oriented so that larger is better; normaliser `{r['normaliser']}`.", ""] if r else []
-    rows = "rows" if ext == "parquet" else "samples"
-    return "\n".join(["---", head.strip(), "---", f"# {len(ids)*m} super-resolution candidates of {len(ids)} photographs, with scores", "",
-        f"{len(ids)} {rows}, one per photograph: low-quality input `lq`, photograph `gt`, M = {m} candidates. First group: {first.lq.shape[-1]}×{first.lq.shape[-2]} to {first.gt.shape[-1]}×{first.gt.shape[-2]} pixels. "
-        f"Images are 8-bit sRGB PNG, lossless. {len(files)} shards, {sum(f.stat().st_size for f in files)/1e6:.1f} MB.", "",
-        f"- **Degradation:** {said('degradation')}", f"- **Candidates:** M = {m}, steps {said('steps')}, sampler {said('sampler')}, seed of the bank {said('seed')}, policy fingerprint {said('policy')}" + (f", models {said('models')}" if "models" in p else ""),
-        f"- **Photographs:** {_listing(licences) or 'licence not recorded'}" + ("; author and source of each are in `photo`" if licences else ""),
-        f"- **Other parameters:** `{json.dumps({k: v for k, v in p.items() if k not in ('degradation', 'steps', 'sampler', 'seed', 'policy', 'm', 'models')}, sort_keys=True)}`",
-        f"- **Computed with:** {', '.join(f'{k} {v}' for k, v in about['versions'].items())}", "", "## Scores", "",
-        *(["`scores` are raw, as each pinned variant gives them: **not** oriented and on different scales.", "", *table, ""] if table else []), *reward,
-        "## What is not known", "", *[f"- {o}" for o in gaps], "", "## Reading", "", "```python",
-        "from datasets import load_dataset", f'rows = load_dataset("FOLDER OR REPOSITORY", split="{split}")', "from srnb.release import import_bank", 'import_bank("FOLDER", "bank") # a bank to train on', "```", ""])
+    gaps.append("the policy's weights are not part of this data set: seeds give these candidates again only with the "
+                "policy of that fingerprint, and on other hardware up to rounding")
+    files = sorted((folder/"data").glob(f"*.{ext}"))
+    lq, gt = (f"{o.shape[-1]}×{o.shape[-2]}" for o in (first.lq, first.gt))
+    candidates = (f"M = {m}, steps {said('steps')}, sampler {said('sampler')}, seed of the bank {said('seed')}, "
+                  f"policy fingerprint {said('policy')}")
+    if "models" in p: candidates += f", models {said('models')}"
+    photographs = _listing(licences) or "licence not recorded"
+    if licences: photographs += "; author and source of each are in `photo`"
+    told = ("degradation", "steps", "sampler", "seed", "policy", "m", "models")
+    others = json.dumps({k: v for k, v in p.items() if k not in told}, sort_keys=True)
+    return "\n".join(["---", head.strip(), "---",
+        f"# {n*m} super-resolution candidates of {n} photographs, with scores", "",
+        f"{n} {'rows' if ext == 'parquet' else 'samples'}, one per photograph: low-quality input `lq`, "
+        f"photograph `gt`, M = {m} candidates. First group: {lq} to {gt} pixels. "
+        f"Images are 8-bit sRGB PNG, lossless. {len(files)} shards, {sum(f.stat().st_size for f in files)/1e6:.1f} MB.",
+        "", f"- **Degradation:** {said('degradation')}", f"- **Candidates:** {candidates}",
+        f"- **Photographs:** {photographs}", f"- **Other parameters:** `{others}`",
+        f"- **Computed with:** {', '.join(f'{k} {v}' for k, v in about['versions'].items())}", "",
+        "## Scores", "", *_score_lines(about), "## What is not known", "", *[f"- {o}" for o in gaps], "",
+        "## Reading", "", "```python", "from datasets import load_dataset",
+        f'rows = load_dataset("FOLDER OR REPOSITORY", split="{split}")', "from srnb.release import import_bank",
+        'import_bank("FOLDER", "bank") # a bank to train on', "```", ""])
 
 # %% ../nbs/22_release.ipynb #22-release-035
 def _shards(source)->list[Path]: # of a folder, or the files given
     if isinstance(source, (str, Path)):
         folder = Path(source)
-        if not folder.is_dir(): raise FileNotFoundError(f"no folder at {folder}; give the folder of an export, or a list of its shards")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder at {folder}; give the folder of an export, or a list of its shards")
         paths = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".tar") and not p.name.startswith("."))
     else: paths = [Path(p) for p in source]
     if not paths: raise ValueError(f"{source} holds no .parquet or .tar shard; give the folder of an export")
-    if len({p.suffix for p in paths}) > 1: raise ValueError(f"{source} holds both parquet and tar shards ({paths[0].name}, {paths[-1].name}); give one kind")
-    if paths[0].suffix not in _READ: raise ValueError(f"{paths[0]}: shards end in .parquet or .tar")
+    if len({p.suffix for p in paths}) > 1:
+        raise ValueError(f"{source} holds both parquet and tar shards ({paths[0].name}, {paths[-1].name}); "
+                         "give one kind")
+    if paths[0].suffix not in (".parquet", ".tar"): raise ValueError(f"{paths[0]}: shards end in .parquet or .tar")
     if lost := [p for p in paths if not p.is_file()]: raise FileNotFoundError(f"no shard at {lost[0]}")
     if isinstance(source, (str, Path)): # a folder is meant as a whole, a list may name a part
         there = {p.with_suffix("") for p in paths}
-        for parent, stem, width, n in sorted({(p.parent, o[1], len(o[2]), o[3]) for p in paths if (o := re.fullmatch(r"(.*)-(\d+)-of-(\d{1,6})", p.stem))}):
+        named = [(p.parent, re.fullmatch(r"(.*)-(\d+)-of-(\d{1,6})", p.stem)) for p in paths]
+        for parent, stem, width, n in sorted({(where, o[1], len(o[2]), o[3]) for where, o in named if o}):
             lost = [o for k in range(int(n)) if (o := parent/f"{stem}-{k:0{width}d}-of-{n}") not in there]
-            if lost: raise ValueError(f"shard {lost[0].name}{paths[0].suffix} is missing in {parent}; download it too, or list the shards that you want")
+            if lost:
+                raise ValueError(f"shard {lost[0].name}{paths[0].suffix} is missing in {parent}; download it too, "
+                                 "or list the shards that you want")
     return paths
 
 def _read_parquet(path:Path)->Iterator[_Row]:
@@ -230,51 +282,78 @@ def _read_parquet(path:Path)->Iterator[_Row]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema, k = file.schema_arrow, 0
             if lost := [c for c in ("id", "lq", "gt", "sr") if c not in schema.names]:
-                raise ValueError(f"{path}: no column {lost[0]!r}, it has {', '.join(schema.names)}; a bank has id, lq, gt, sr and mostly scores, one row per group")
+                raise ValueError(f"{path}: no column {lost[0]!r}, it has {', '.join(schema.names)}; "
+                                 "a bank has id, lq, gt, sr and mostly scores, one row per group")
             about = json.loads((schema.metadata or {}).get(b"srnb", b"{}"))
-            names = [n for n in ("id", "prompt", "lq", "gt", "sr", "seeds", "scores", "reward", "photo") if n in schema.names]
+            names = [n for n in ("id", "lq", "gt", "sr", *_FACTS) if n in schema.names]
             for batch in file.iter_batches(1, columns=names):
                 for r in batch.to_pylist():
                     where, k = f"{path}, row {k}", k+1
-                    if not isinstance(r["sr"], list): raise ValueError(f"{where}: 'sr' is not a list of images; one row per group is needed, not one per candidate")
+                    if not isinstance(r["sr"], list):
+                        raise ValueError(f"{where}: 'sr' is not a list of images; one row per group is needed, "
+                                         "not one per candidate")
                     lq, gt, *sr = [_inside(o, where) for o in (r["lq"], r["gt"], *r["sr"])]
-                    yield _Row(where, r["id"], r.get("prompt") or "", lq, gt, sr, r.get("seeds") or [], r.get("scores") or {}, r.get("reward") or [], r.get("photo") or {}, about)
-    except (pa.ArrowException, OSError, json.JSONDecodeError) as e: raise ValueError(f"{path}: damaged or no parquet file ({e}); download this shard again") from e
+                    facts = {n: r[n] for n in _FACTS if r.get(n)}
+                    yield _Row(where, r["id"], lq, gt, sr, about, **facts)
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: damaged or no parquet file ({e}); download this shard again") from e
 
 def _inside(image, where:str)->bytes: # of an image column; a path is not followed
-    if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes): raise ValueError(f"{where}: an image is not in the shard but named by a path, or missing; export it with its bytes")
+    if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
+        raise ValueError(f"{where}: an image is not in the shard but named by a path, or missing; "
+                         "export it with its bytes")
     return image["bytes"]
 
 # %% ../nbs/22_release.ipynb #22-release-036
 def _read_tar(path:Path)->Iterator[_Row]:
     with open(path, "rb") as f:
         f.seek(-min(1024, path.stat().st_size), 2)
-        if f.read().strip(b"\0") or path.stat().st_size < 1024: raise ValueError(f"{path}: damaged or cut off, its end mark is missing; download this shard again")
+        if f.read().strip(b"\0") or path.stat().st_size < 1024:
+            raise ValueError(f"{path}: damaged or cut off, its end mark is missing; download this shard again")
     try:
         with tarfile.open(path, "r:") as tar:
             for key, members in groupby(tar, lambda o: o.name.partition(".")[0]):
                 where, files = f"{path}, sample {key}", {}
                 for o in members:
                     n = o.name.partition(".")[2]
-                    if not o.isreg() or not re.fullmatch(r"json|(lq|gt|\d+)\.png", n): raise ValueError(f"{path}: member {o.name!r} is none of KEY.lq.png, KEY.gt.png, KEY.00.png, KEY.json; remove it")
+                    if not o.isreg() or not re.fullmatch(r"json|(lq|gt|\d+)\.png", n):
+                        raise ValueError(f"{path}: member {o.name!r} is none of KEY.lq.png, KEY.gt.png, KEY.00.png, "
+                                         "KEY.json; remove it")
                     if n in files: raise ValueError(f"{where}: two members {n}; export again")
                     files[n] = tar.extractfile(o).read()
-                if lost := [n for n in ("json", "lq.png", "gt.png") if n not in files]: raise ValueError(f"{where}: no {lost[0]}; export or download this shard again")
+                if lost := [n for n in ("json", "lq.png", "gt.png") if n not in files]:
+                    raise ValueError(f"{where}: no {lost[0]}; export or download this shard again")
                 sr = [files[n] for n in sorted(files.keys()-{"json", "lq.png", "gt.png"}, key=lambda n: int(n[:-4]))]
-                try: r = json.loads(files["json"]); about = json.loads(r.get("bank", "{}"))
-                except (ValueError, AttributeError) as e: raise ValueError(f"{where}: its json cannot be read ({e}); download this shard again") from e
-                yield _Row(where, r.get("id"), r.get("prompt", ""), files["lq.png"], files["gt.png"], sr, r.get("seeds", []), r.get("scores", {}), r.get("reward", []), r.get("photo", {}), about)
-    except (tarfile.TarError, OSError) as e: raise ValueError(f"{path}: damaged or no tar file ({e}); download this shard again") from e
+                try:
+                    r = json.loads(files["json"])
+                    about = json.loads(r.get("bank", "{}"))
+                except (ValueError, AttributeError) as e:
+                    raise ValueError(f"{where}: its json cannot be read ({e}); download this shard again") from e
+                facts = {n: r[n] for n in _FACTS if n in r}
+                yield _Row(where, r.get("id"), files["lq.png"], files["gt.png"], sr, about, **facts)
+    except (tarfile.TarError, OSError) as e:
+        raise ValueError(f"{path}: damaged or no tar file ({e}); download this shard again") from e
 
-_READ = {".parquet": _read_parquet, ".tar": _read_tar}
+def _read(path:Path)->Iterator[_Row]: return (_read_tar if path.suffix == ".tar" else _read_parquet)(path)
 
 # %% ../nbs/22_release.ipynb #22-release-037
 def _pixels(png:bytes, where:str, name:str)->Tensor: # (3,H,W), [0, 1]
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as im:
-            if im.mode != "RGB" or png[24] != 8: raise ValueError(f"{where}: {name} is no 8-bit RGB PNG but {im.mode}, {png[24]} bits; convert it")
+            if im.mode != "RGB" or png[24] != 8:
+                raise ValueError(f"{where}: {name} is no 8-bit RGB PNG but {im.mode}, {png[24]} bits; convert it")
             return torch.from_numpy(np.array(im)).permute(2, 0, 1).float().div(255)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"{where}: {name} is damaged or no PNG ({e}); download this shard again") from e
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{where}: {name} is damaged or no PNG ({e}); download this shard again") from e
+
+def _check_numbers(values, m:int, name:str, where:str)->None: # one finite number per candidate
+    if not isinstance(values, list) or len(values) != m:
+        has = len(values) if isinstance(values, list) else repr(values)
+        raise ValueError(f"{where}: {name} needs {m} values, one per candidate, and has {has}")
+    def finite(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and np.isfinite(v)
+    if bad := [k for k, v in enumerate(values) if not finite(v)]:
+        raise ValueError(f"{where}: {name} of candidate {bad[0]} is {values[bad[0]]!r}, not a finite number; "
+                         "drop this metric or this group")
 
 def _group(row:_Row)->Group: # decoded and checked
     where, m = f"{row.where} ({row.id})", len(row.sr)
@@ -283,39 +362,47 @@ def _group(row:_Row)->Group: # decoded and checked
     lq, gt = _pixels(row.lq, where, "lq"), _pixels(row.gt, where, "gt")
     sr = [_pixels(o, where, f"candidate {k}") for k, o in enumerate(row.sr)]
     if bad := [k for k, o in enumerate(sr) if o.shape != gt.shape]:
-        raise ValueError(f"{where}: candidate {bad[0]} has the size {tuple(sr[bad[0]].shape)}, gt {tuple(gt.shape)}; they must agree")
+        raise ValueError(f"{where}: candidate {bad[0]} has the size {tuple(sr[bad[0]].shape)}, gt {tuple(gt.shape)}; "
+                         "they must agree")
     f = gt.shape[1]/lq.shape[1]
-    if f < 1 or f != gt.shape[2]/lq.shape[2]: raise ValueError(f"{where}: gt {tuple(gt.shape)} is no enlargement of lq {tuple(lq.shape)}")
-    for name, values in {**{f"score {n!r}": v for n, v in row.scores.items()}, **({"reward": row.reward} if row.reward else {}), **({"seeds": row.seeds} if row.seeds else {})}.items():
-        if not isinstance(values, list) or len(values) != m: raise ValueError(f"{where}: {name} needs {m} values, one per candidate, and has {len(values) if isinstance(values, list) else values!r}")
-        if bad := [k for k, v in enumerate(values) if isinstance(v, bool) or not isinstance(v, (int, float)) or not np.isfinite(v)]:
-            raise ValueError(f"{where}: {name} of candidate {bad[0]} is {values[bad[0]]!r}, not a finite number; drop this metric or this group")
+    if f < 1 or f != gt.shape[2]/lq.shape[2]:
+        raise ValueError(f"{where}: gt {tuple(gt.shape)} is no enlargement of lq {tuple(lq.shape)}")
+    lists = {f"score {n!r}": v for n, v in row.scores.items()}
+    for name, values in (("reward", row.reward), ("seeds", row.seeds)):
+        if values: lists[name] = values
+    for name, values in lists.items(): _check_numbers(values, m, name, where)
     return Group(row.id, lq, gt, torch.stack(sr), row.prompt)
 
 # %% ../nbs/22_release.ipynb #22-release-038
 class _Pairs: # (id, lq, gt) of all shards, read when asked; iterating checks everything
     def __init__(self, source):
         self.shards, self.at, self.prompts = _shards(source), [], {} # at: (shard, row) of every group
-        self.first = next((r for p in self.shards for r in _READ[p.suffix](p)), None)
+        self.first = next((r for p in self.shards for r in _read(p)), None)
         if self.first is None: raise ValueError(f"{source}: the shards hold no group")
         self.cached = None, []
 
     def __iter__(self):
         seen, m, self.at = {}, len(self.first.sr), []
         for s, path in enumerate(self.shards):
-            for k, r in enumerate(_READ[path.suffix](path)):
+            for k, r in enumerate(_read(path)):
                 g = _group(r)
-                if g.id in seen: raise ValueError(f"two groups have the id {g.id!r}: {seen[g.id]} and {r.where}; remove one")
-                if len(g.sr) != m: raise ValueError(f"{r.where} ({g.id}): {len(g.sr)} candidates, the first group has {m}; a bank has one M")
-                for name, a, b in (("scores", set(r.scores), set(self.first.scores)), ("parameters", r.about, self.first.about)):
-                    if a != b: raise ValueError(f"{r.where} ({g.id}): its {name} differ from those of {self.first.where}; these shards are not of one bank")
+                place, first = f"{r.where} ({g.id})", self.first
+                if g.id in seen:
+                    raise ValueError(f"two groups have the id {g.id!r}: {seen[g.id]} and {r.where}; remove one")
+                if len(g.sr) != m:
+                    raise ValueError(f"{place}: {len(g.sr)} candidates, the first group has {m}; a bank has one M")
+                same = dict(scores=set(r.scores) == set(first.scores), parameters=r.about == first.about)
+                for name, agree in same.items():
+                    if not agree:
+                        raise ValueError(f"{place}: its {name} differ from those of {first.where}; "
+                                         "these shards are not of one bank")
                 seen[g.id], self.prompts[g.id] = r.where, g.prompt
                 self.at.append((s, k))
                 yield g.id, g.lq, g.gt
 
     def row(self, n:int)->_Row: # one shard is kept, as PNG
         s, k = self.at[n]
-        if self.cached[0] != s: self.cached = s, list(_READ[self.shards[s].suffix](self.shards[s]))
+        if self.cached[0] != s: self.cached = s, list(_read(self.shards[s]))
         return self.cached[1][k]
 
     def __getitem__(self, n:int):
@@ -331,10 +418,13 @@ def import_bank(
     m, params = len(pairs.first.sr), pairs.first.about.get("params", {})
     def draw(i, lq): # the scores first: a group that is whole has them
         r = pairs.now
-        tables = [pd.DataFrame(dict(group=i, candidate=range(m), metric=n, value=np.array(v, dtype=np.float64))) for n, v in r.scores.items()]
+        def table(name, v): # of one metric
+            return pd.DataFrame(dict(group=i, candidate=range(m), metric=name, value=np.array(v, dtype=np.float64)))
+        tables = [table(n, v) for n, v in r.scores.items()]
         if tables: write_table(Path(out)/"scores"/f"{i}.parquet", pd.concat(tables, ignore_index=True))
         return _group(r).sr
-    return _fill(out, pairs, draw, "groups imported", params or dict(imported=True, m=m), pairs.prompts if "prompts" in params or not params else None)
+    prompts = pairs.prompts if "prompts" in params or not params else None
+    return _fill(out, pairs, draw, "groups imported", params or dict(imported=True, m=m), prompts)
 
 # %% ../nbs/22_release.ipynb #22-release-042
 def _library(folder:Path)->str|None: # whose format a folder of weights has
@@ -347,20 +437,31 @@ def _library(folder:Path)->str|None: # whose format a folder of weights has
 def _numbers(table:pd.DataFrame, interval:Callable, against:str|None)->list[str]: # rows of a markdown table
     means = table.groupby(["metric", "variant", "image"]).value.mean()
     names = list(table.variant.unique())
-    if against is not None and against not in names: raise ValueError(f"no variant {against!r} in the record; it has {', '.join(names)}")
-    lines = ["| metric | variant | mean | " + (f"difference to {against} |" if against else ""), "|---|---|---|" + ("---|" if against else "")]
+    if against is not None and against not in names:
+        raise ValueError(f"no variant {against!r} in the record; it has {', '.join(names)}")
+    lines = ["| metric | variant | mean | ", "|---|---|---|"]
+    if against: lines = [f"{lines[0]}difference to {against} |", f"{lines[1]}---|"]
     for metric, variants in means.groupby(level=0):
         for v in (n for n in names if n in variants.index.unique(1)):
             a = variants[metric, v]
             line = f"| `{metric}` | {v} | {interval(a.to_numpy(), a.index)} | "
             if against and v != against and against in variants.index.unique(1):
                 b = variants[metric, against]
-                if set(a.index) != set(b.index): raise ValueError(f"{metric}: {v} and {against} were measured on different photographs, for example {sorted(set(a.index) ^ set(b.index))[0]!r}")
+                if odd := sorted(set(a.index) ^ set(b.index)):
+                    raise ValueError(f"{metric}: {v} and {against} were measured on different photographs, "
+                                     f"for example {odd[0]!r}")
                 d = a - b
                 line += f"{interval(d.to_numpy(), d.index)} |"
             elif against: line += "|"
             lines.append(line.rstrip())
     return lines
+
+def _parameters(params:dict)->list[str]: # rows of a markdown table: plain values, and those one level down
+    plain = {k: v for k, v in params.items() if not isinstance(v, (list, dict)) and v not in (None, "")}
+    for k, v in params.items():
+        if isinstance(v, dict): plain |= {f"{k}.{j}": o for j, o in v.items() if not isinstance(o, (list, dict))}
+    def said(v): return Path(v).name if str(v).startswith(("/", "~")) else v # no folder of this machine
+    return [f"| {k} | {said(v)} |" for k, v in sorted(plain.items())]
 
 # %% ../nbs/22_release.ipynb #22-release-043
 def write_card(
@@ -380,47 +481,62 @@ def write_card(
     from huggingface_hub.utils import validate_repo_id
     folder = Path(folder)
     library = _library(folder)
-    if library is None: raise FileNotFoundError(f"{folder} holds no weights in a known format: need adapter_config.json, policy.json or diffusers' config.json, and .safetensors")
+    if library is None:
+        raise FileNotFoundError(f"{folder} holds no weights in a known format: need adapter_config.json, policy.json "
+                                "or diffusers' config.json, and .safetensors")
     for name, value in (("base_model", base_model), ("licence", licence), ("data", data), ("cannot", cannot)):
-        if not value.strip(): raise ValueError(f"a card without {name} is no card: say it, even if the answer is `unknown`")
+        if not value.strip():
+            raise ValueError(f"a card without {name} is no card: say it, even if the answer is `unknown`")
     try: validate_repo_id(base_model)
     except ValueError as e: raise ValueError(f"base_model must be the hub's name of the base, not a folder: {e}") from e
     config, table = read_run(record)
     p, tags = config["params"], ["super-resolution", "image-to-image", *(["lora"] if library == "peft" else [])]
-    head = ModelCardData(base_model=base_model, library_name=library, license=licence, pipeline_tag="image-to-image", tags=tags).to_yaml()
-    plain = {k: v for k, v in p.items() if not isinstance(v, (list, dict)) and v not in (None, "")} | {f"{k}.{j}": o for k, v in p.items() if isinstance(v, dict) for j, o in v.items() if not isinstance(o, (list, dict))}
-    plain = {k: Path(v).name if str(v).startswith(("/", "~")) else v for k, v in plain.items()} # no folder of this machine
-    lines = ["---", head.strip(), "---", f"# {title or folder.name}", "", f"- **Base.** `{base_model}`", f"- **Training data.** {data}",
-             f"- **Hardware.** {hardware or config.get('machine', 'unknown') + ', ' + str(config.get('cpus', '?')) + ' CPU cores; a GPU was not recorded'}",
-             f"- **Computed with.** {', '.join(f'{k} {v}' for k, v in config['versions'].items())}; revision {config.get('git') or 'not recorded'}; {config['created']}",
-             f"- **What it cannot do.** {cannot}", "", "## Held-out numbers", "",
-             f"{table.image.nunique()} photographs, {table.seed.nunique()} seeds; means and intervals over photographs, computed from the run record.", "", *_numbers(table, interval, against),
-             "", "## Parameters of the run", "", "| parameter | value |", "|---|---|", *[f"| {k} | {v} |" for k, v in sorted(plain.items())], ""]
+    head = ModelCardData(base_model=base_model, library_name=library, license=licence, pipeline_tag="image-to-image",
+                         tags=tags).to_yaml()
+    machine = f"{config.get('machine', 'unknown')}, {config.get('cpus', '?')} CPU cores; a GPU was not recorded"
+    versions = ", ".join(f"{k} {v}" for k, v in config["versions"].items())
+    lines = ["---", head.strip(), "---", f"# {title or folder.name}", "",
+        f"- **Base.** `{base_model}`", f"- **Training data.** {data}", f"- **Hardware.** {hardware or machine}",
+        f"- **Computed with.** {versions}; revision {config.get('git') or 'not recorded'}; {config['created']}",
+        f"- **What it cannot do.** {cannot}", "", "## Held-out numbers", "",
+        f"{table.image.nunique()} photographs, {table.seed.nunique()} seeds; means and intervals over photographs, "
+        "computed from the run record.", "", *_numbers(table, interval, against), "",
+        "## Parameters of the run", "", "| parameter | value |", "|---|---|", *_parameters(p), ""]
     replace_file(folder/"README.md", lambda tmp: Path(tmp).write_text("\n".join(lines), encoding="utf-8"))
     return folder/"README.md"
 
 # %% ../nbs/22_release.ipynb #22-release-047
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz") # run code, or may
+_LOCAL_BASE = r'"_?(?:base_model_)?name_or_path": *"((?:[/~\\]|[A-Za-z]:).*?)"' # in a .json: a folder, not a name
 
 def _check_folder(folder:Path)->str: # what it is: "model" or "dataset"
     from huggingface_hub import ModelCard
     if not folder.is_dir(): raise FileNotFoundError(f"no folder at {folder}")
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and ".git" not in p.parts]
     for p in files:
-        if p.suffix.lower() in _PICKLES: raise ValueError(f"{p}: files of this kind can run code when they are loaded; write safetensors and delete it")
+        if p.suffix.lower() in _PICKLES:
+            raise ValueError(f"{p}: files of this kind can run code when they are loaded; "
+                             "write safetensors and delete it")
         if p.is_symlink(): raise ValueError(f"{p} is a link: its target would be published; copy it or delete it")
         if p.suffix == ".safetensors":
             try:
                 with safe_open(p, "pt"): pass
-            except SafetensorError as e: raise ValueError(f"{p}: not a readable safetensors file ({e}); write it again") from e
-        if p.suffix == ".json" and (o := re.search(r'"_?(?:base_model_)?name_or_path": *"((?:[/~\\]|[A-Za-z]:).*?)"', p.read_text(encoding="utf-8"))):
-            raise ValueError(f"{p} names a folder of this machine, {o[1]}; write the base model's name on the hub there")
+            except SafetensorError as e:
+                raise ValueError(f"{p}: not a readable safetensors file ({e}); write it again") from e
+        if p.suffix == ".json" and (o := re.search(_LOCAL_BASE, p.read_text(encoding="utf-8"))):
+            raise ValueError(f"{p} names a folder of this machine, {o[1]}; "
+                             "write the base model's name on the hub there")
     shards = [p for p in files if p.suffix in (".parquet", ".tar") and p.parent == folder/"data"]
-    if not shards and not any(p.suffix == ".safetensors" for p in files): raise ValueError(f"{folder} holds neither weights (.safetensors) nor shards (data/*.parquet, data/*.tar); nothing to publish")
-    if not (folder/"README.md").exists(): raise ValueError(f"{folder} holds no README.md; write_card, export_dataset and export_webdataset write one")
-    try: licence = ModelCard.load(folder/"README.md").data.license
-    except Exception as e: raise ValueError(f"{folder/'README.md'}: its front matter cannot be read ({e}); write the card again") from e
-    if not licence: raise ValueError(f"{folder/'README.md'} states no licence; write the card again with one")
+    if not shards and not any(p.suffix == ".safetensors" for p in files):
+        raise ValueError(f"{folder} holds neither weights (.safetensors) nor shards (data/*.parquet, data/*.tar); "
+                         "nothing to publish")
+    card = folder/"README.md"
+    if not card.exists():
+        raise ValueError(f"{folder} holds no README.md; write_card, export_dataset and export_webdataset write one")
+    try: licence = ModelCard.load(card).data.license
+    except Exception as e:
+        raise ValueError(f"{card}: its front matter cannot be read ({e}); write the card again") from e
+    if not licence: raise ValueError(f"{card} states no licence; write the card again with one")
     return "dataset" if shards else "model"
 
 # %% ../nbs/22_release.ipynb #22-release-048
@@ -440,11 +556,19 @@ def push(
     try:
         api.whoami()
         repo = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, ignore_patterns=[".part-*", "**/.part-*"])
-    except LocalTokenNotFoundError as e: raise PermissionError("nobody is logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that may write") from e
+        api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder,
+                          ignore_patterns=[".part-*", "**/.part-*"])
+    except LocalTokenNotFoundError as e:
+        raise PermissionError("nobody is logged in to the hub: run `hf auth login`, "
+                              "or set HF_TOKEN to a token that may write") from e
     except HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
-        if status in (401, 403): raise PermissionError(f"the hub refused {repo_id} ({status}): the token is not valid or may not write there; get another, or use your own name as owner") from e
-        raise ConnectionError(f"the hub answered {status} for {repo_id}: {e}; call push again, what has arrived is not sent twice") from e
-    except (HTTPError, OSError) as e: raise ConnectionError(f"the hub cannot be reached ({type(e).__name__}: {e}); call push again with a network, what has arrived is not sent twice") from e
+        if status in (401, 403):
+            raise PermissionError(f"the hub refused {repo_id} ({status}): the token is not valid or may not write "
+                                  "there; get another, or use your own name as owner") from e
+        raise ConnectionError(f"the hub answered {status} for {repo_id}: {e}; "
+                              "call push again, what has arrived is not sent twice") from e
+    except (HTTPError, OSError) as e:
+        raise ConnectionError(f"the hub cannot be reached ({type(e).__name__}: {e}); "
+                              "call push again with a network, what has arrived is not sent twice") from e
     return repo

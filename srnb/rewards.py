@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'PSNR_Y', 'SSIM_Y', 'LSD', 'ST_LPIPS_ALEX', 'ST_LPIPS_VGG', 'LPIPS_ALEX', 'LPIPS_VGG', 'CVVDP', 'PIQE',
-           'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'LADDER', 'luma', 'psnr_y', 'ssim_y',
-           'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of', 'check_available', 'check_scores',
-           'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric', 'orient', 'GroupMinMax',
-           'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table', 'check_ladder',
-           'pair_agreement']
+           'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'OFFLINE_FR', 'OFFLINE_NR', 'LADDER',
+           'luma', 'psnr_y', 'ssim_y', 'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of',
+           'check_available', 'check_scores', 'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric',
+           'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table',
+           'check_ladder', 'pair_agreement']
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-004
 import contextlib
@@ -46,7 +46,8 @@ def luma(
 
 def _luma_pair(sr:Tensor, gt:Tensor, border:int, least:int)->tuple[Tensor, Tensor]: # cropped luma of both
     if border < 0 or min(sr.shape[-2:]) - 2*border < least:
-        raise ValueError(f"images of {tuple(sr.shape[-2:])} leave fewer than {least} pixels inside a border of {border}")
+        raise ValueError(f"images of {tuple(sr.shape[-2:])} leave fewer than {least} pixels "
+                         f"inside a border of {border}")
     b = slice(border, -border or None)
     return luma(sr)[..., b, b], luma(gt[None])[..., b, b]
 
@@ -111,7 +112,8 @@ class Metric:
     build:Callable[[], Scorer]  # loads what it needs; called once
     needs:str=""                # what it takes from outside: packages, files fetched once
     def __post_init__(self):
-        if self.kind not in ("fr", "nr"): raise ValueError(f"kind of {self.name} must be 'fr' or 'nr', got {self.kind!r}")
+        if self.kind not in ("fr", "nr"):
+            raise ValueError(f"kind of {self.name} must be 'fr' or 'nr', got {self.kind!r}")
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-022
 PSNR_Y = Metric("psnr_y", "fr", True, lambda: psnr_y)
@@ -175,9 +177,10 @@ def scorer_of(
         why = f"{type(e).__name__}: {e}".splitlines()[0][:300]
         if isinstance(e, ModuleNotFoundError): why += f"; `pip install {_pip_name(e.name or '')}` provides it"
         raise MetricUnavailable(
-            f"metric {metric.name} cannot be built on this machine. Tried: {metric.needs or 'its builder'}. Failed with "
-            f"{why.rstrip('.')}. Its weights must be downloaded once, with a network, into {_short(torch.hub.get_dir())} and "
-            "the Hugging Face cache (delete a damaged file there); without them use the reward preset `offline`") from e
+            f"metric {metric.name} cannot be built on this machine. Tried: {metric.needs or 'its builder'}. "
+            f"Failed with {why.rstrip('.')}. Its weights must be downloaded once, with a network, into "
+            f"{_short(torch.hub.get_dir())} and the Hugging Face cache (delete a damaged file there); "
+            "without them use the reward preset `offline`") from e
 
 def _short(path:str)->str: return str(path).replace(str(Path.home()), "~")
 
@@ -186,9 +189,9 @@ def _pip_name(module:str)->str: # the distribution that holds a module, where th
 
 def check_available(
     metrics:Iterable[Metric],
-    size:tuple[int, int]|None=None, # (H, W) of the images to come; if given, each metric scores a grey ramp of this size
+    size:tuple[int, int]|None=None, # (H, W) of images to come: each metric scores a grey ramp of it; None: none does
 )->None:
-    "Build every metric before any work is done; MetricUnavailable names the first that cannot be had, ValueError one that size breaks"
+    "Build every metric before any work is done: MetricUnavailable if one is missing, ValueError if `size` breaks one"
     for m in metrics:
         scorer_of(m)
         if size is not None:
@@ -198,7 +201,8 @@ def check_available(
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-028
 def _float64(values)->Tensor: # a copy on the CPU
-    return values.detach().cpu().double() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
+    if isinstance(values, Tensor): return values.detach().cpu().double()
+    return torch.from_numpy(np.array(values, dtype=np.float64))
 
 def check_scores(
     values,        # (M,) raw scores
@@ -206,10 +210,12 @@ def check_scores(
 )->Tensor:         # (M,) float64 on the CPU
     "Raise unless there is one finite score per candidate"
     v = _float64(values)
-    if v.ndim != 1 or len(v) == 0: raise ValueError(f"{metric.name}: need one score per candidate, got shape {tuple(v.shape)}")
+    if v.ndim != 1 or len(v) == 0:
+        raise ValueError(f"{metric.name}: need one score per candidate, got shape {tuple(v.shape)}")
     bad = (~v.isfinite()).nonzero().flatten().tolist()
-    if bad: raise ValueError(f"{metric.name} gave {v[bad[0]]:.4g} for candidate {bad[0]} ({len(bad)} of {len(v)} are not finite); "
-                             "drop this metric or this image")
+    if bad:
+        raise ValueError(f"{metric.name} gave {v[bad[0]]:.4g} for candidate {bad[0]} "
+                         f"({len(bad)} of {len(v)} are not finite); drop this metric or this image")
     return v
 
 def score(
@@ -220,11 +226,13 @@ def score(
     "Raw scores of one group by one metric"
     check_images(sr, "sr")
     if metric.kind == "fr":
-        if gt is None: raise ValueError(f"{metric.name} compares with the ground truth: give gt, or use a no-reference metric")
+        if gt is None:
+            raise ValueError(f"{metric.name} compares with the ground truth: give gt, or use a no-reference metric")
         check_images(gt[None], "gt")
         if gt.shape != sr.shape[1:]: raise ValueError(f"sr {tuple(sr.shape)} and gt {tuple(gt.shape)} differ in size")
     with torch.inference_mode(): values = scorer_of(metric)(sr, gt if metric.kind == "fr" else None)
-    if values.shape != sr.shape[:1]: raise ValueError(f"{metric.name}: {tuple(values.shape)} scores for {len(sr)} candidates")
+    if values.shape != sr.shape[:1]:
+        raise ValueError(f"{metric.name}: {tuple(values.shape)} scores for {len(sr)} candidates")
     return check_scores(values, metric)
 
 def score_group(
@@ -281,7 +289,8 @@ def deep_loss(
         return [f/((f.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10) for f in maps]
     def loss(a, b):
         model.to(a.device)
-        return sum(lin((p-q).square()).float().mean((1, 2, 3)) for lin, p, q in zip(model.lins, features(a), features(b), strict=True))
+        layers = zip(model.lins, features(a), features(b), strict=True)
+        return sum(lin((p-q).square()).float().mean((1, 2, 3)) for lin, p, q in layers)
     return loss
 
 @functools.cache
@@ -309,7 +318,8 @@ def _pyiqa(id:str, kind:str, higher_better:bool, batch:int)->Scorer:
     if id not in table: raise MetricMismatch(f"pyiqa has no metric {id!r}; pyiqa.list_models() has the names")
     theirs = table[id]["metric_mode"].lower(), not table[id].get("lower_better", False)
     if theirs != (kind, higher_better):
-        raise MetricMismatch(f"{id} is declared as {(kind, higher_better)} (kind, higher is better), pyiqa says {theirs}")
+        raise MetricMismatch(f"{id} is declared as {(kind, higher_better)} (kind, higher is better), "
+                             f"pyiqa says {theirs}")
     with _bounded_network(): model = pyiqa.create_metric(id)
     def scorer(sr, gt):
         def values(s): return model(s, None if gt is None else gt[None].expand_as(s)).reshape(len(s)).double().cpu()
@@ -372,11 +382,14 @@ class GlobalBounds:
             raise ValueError(f"no bounds for {metric.name}; these were fitted on {', '.join(known)}: fit them again")
         worst, best = known[metric.name]
         if (best > worst) != metric.higher_better:
-            raise ValueError(f"bounds of {metric.name} run from {worst:g} (worst) to {best:g} (best), against its direction")
+            raise ValueError(f"bounds of {metric.name} run from {worst:g} (worst) to {best:g} (best), "
+                             "against its direction")
         return (check_scores(values, metric) - worst)/(best - worst)
     def save(self, path:str|Path)->Path: return write_json(path, [list(o) for o in self.bounds])
     @classmethod
-    def load(cls, path:str|Path)->"GlobalBounds": return cls(tuple((n, float(w), float(b)) for n, w, b in json.loads(Path(path).read_text())))
+    def load(cls, path:str|Path)->"GlobalBounds":
+        rows = json.loads(Path(path).read_text())
+        return cls(tuple((n, float(w), float(b)) for n, w, b in rows))
 
 def fit_bounds(
     bank:Mapping[str, Sequence], # metric's name -> all raw scores of the training bank
@@ -405,7 +418,8 @@ class Reward:
         if len({*names}) < len(names): raise ValueError(f"reward {self.name} names a metric twice: {', '.join(names)}")
         for kind, part in (("fr", self.fr), ("nr", self.nr)):
             wrong = [m.name for m in part if m.kind != kind]
-            if wrong: raise ValueError(f"reward {self.name}: {', '.join(wrong)} stands under {kind} but is of the other kind")
+            if wrong:
+                raise ValueError(f"reward {self.name}: {', '.join(wrong)} stands under {kind} but is of the other kind")
     @property
     def metrics(self)->tuple[Metric, ...]: return (*self.fr, *self.nr)
 
@@ -416,7 +430,9 @@ def hybrid(
 )->Tensor:                         # (M,) float64, larger is better
     "Hybrid reward of one group [DP2O-SR, hybrid reward]"
     missing = [m.name for m in reward.metrics if m.name not in scores]
-    if missing: raise ValueError(f"no scores of {', '.join(missing)}, which reward {reward.name} needs; got {', '.join(scores)}")
+    if missing:
+        raise ValueError(f"no scores of {', '.join(missing)}, which reward {reward.name} needs; "
+                         f"got {', '.join(scores)}")
     scaled = {m.name: normaliser(scores[m.name], m) for m in reward.metrics}
     if len({len(v) for v in scaled.values()}) > 1:
         raise ValueError(f"numbers of candidates differ: { {k: len(v) for k, v in scaled.items()} }")
@@ -425,10 +441,14 @@ def hybrid(
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-062
 DP2O = Reward("dp2o",
-    fr=(pyiqa_metric("lpips-vgg", "fr", False), pyiqa_metric("topiq_fr", "fr", True), pyiqa_metric("afine_fr", "fr", False)),
-    nr=(pyiqa_metric("maniqa-pipal", "nr", True), pyiqa_metric("musiq", "nr", True), pyiqa_metric("clipiqa+", "nr", True),
-        pyiqa_metric("topiq_nr", "nr", True), pyiqa_metric("afine_nr", "nr", False), pyiqa_metric("qalign", "nr", True)))
+    fr=(pyiqa_metric("lpips-vgg", "fr", False), pyiqa_metric("topiq_fr", "fr", True),
+        pyiqa_metric("afine_fr", "fr", False)),
+    nr=(pyiqa_metric("maniqa-pipal", "nr", True), pyiqa_metric("musiq", "nr", True),
+        pyiqa_metric("clipiqa+", "nr", True), pyiqa_metric("topiq_nr", "nr", True),
+        pyiqa_metric("afine_nr", "nr", False), pyiqa_metric("qalign", "nr", True)))
 OFFLINE = Reward("offline", fr=(ST_LPIPS_ALEX, GMSD), nr=(PIQE,))
+OFFLINE_FR = Reward("offline_fr", fr=OFFLINE.fr) # each half by itself
+OFFLINE_NR = Reward("offline_nr", nr=OFFLINE.nr)
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-066
 LADDER = ("gt", "jpeg50", "jpeg10", "noise10", "noise30", "blur1", "blur3", "bicubic4")
@@ -455,7 +475,8 @@ def ladder_table(
     photos:Sequence[Tensor], # at least 8 of (3,H,W), [0, 1], one size
 )->pd.DataFrame:             # row per metric, column per rung: mean raw score
     "Mean score of each metric on each rung"
-    if len(photos) < 8: raise ValueError(f"the ladder is judged on the mean of at least 8 photographs, got {len(photos)}")
+    if len(photos) < 8:
+        raise ValueError(f"the ladder is judged on the mean of at least 8 photographs, got {len(photos)}")
     groups = [ladder_images(p, seed_of("ladder", i)) for i, p in enumerate(photos)]
     rows = {m.name: torch.stack([score(m, x, x[0]) for x in groups]).mean(0).tolist() for m in metrics}
     return pd.DataFrame.from_dict(rows, orient="index", columns=LADDER)

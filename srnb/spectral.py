@@ -92,7 +92,8 @@ class _DCT2(torch.autograd.Function): # orthonormal: the adjoint is the inverse,
     def backward(ctx, grad): return _DCT2.apply(grad, not ctx.inverse), None
 
 def _check_planes(x, name):
-    if x.ndim < 2 or 0 in x.shape: raise ValueError(f"{name} needs shape (...,H,W) with no empty axis, got {tuple(x.shape)}")
+    if x.ndim < 2 or 0 in x.shape:
+        raise ValueError(f"{name} needs shape (...,H,W) with no empty axis, got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} needs float32 or float64, got {x.dtype}; cast it before, and before any subtraction")
 
@@ -155,7 +156,8 @@ def _check_finite(energy, **residuals): # (B,) numbers are looked at; the residu
     bad = (~energy.isfinite()).nonzero().flatten().tolist()
     for name, o in residuals.items():
         if not o.isfinite().all():
-            raise FloatingPointError(f"{name} holds NaN or infinity in sample(s) {bad}; skip this batch and find out why")
+            raise FloatingPointError(f"{name} holds NaN or infinity in sample(s) {bad}; "
+                                     "skip this batch and find out why")
     raise FloatingPointError(f"the energy of sample(s) {bad} overflows {energy.dtype}, though every value of "
                              f"{' and '.join(residuals)} is finite; scale them down")
 
@@ -303,7 +305,8 @@ def log_spectral_distance(
 )->Tensor:              # (B,) dB, >= 0
     "Root mean square of 20 log10 of the ratio of amplitude spectra (orthonormal DFT)"
     a, b = _planes(a, "a"), _planes(b, "b")
-    if a.shape != b.shape: raise ValueError(f"both images must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.shape != b.shape:
+        raise ValueError(f"both images must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     def amplitude(x):
         if radial: return radial_psd(x, window=window)[1].sqrt()
         if window: x = _hann(x)*(x-x.mean((-2, -1), keepdim=True))

@@ -28,7 +28,9 @@ def tiny(tmp_path_factory)->Path:
     from srnb.policies import Policy, save_pretrained
     net, g = SmallUNet(UNetConfig((16, 16), (1, 1), 16)), generator(0)
     with torch.no_grad():
-        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(0.4/p[0].numel()**0.5 if p.ndim > 1 else 0.05))
+        for p in net.parameters():
+            scale = 0.4/p[0].numel()**0.5 if p.ndim > 1 else 0.05
+            p.copy_(torch.randn(p.shape, generator=g)*scale)
     return save_pretrained(Policy(net), tmp_path_factory.mktemp("tiny")/"policy")
 
 
@@ -42,12 +44,13 @@ def same_result(a:Path, b:Path)->None:
     assert read_run(a)[1].equals(read_run(b)[1])
     assert pd.read_parquet(a/"log.parquet").equals(pd.read_parquet(b/"log.parquet"))
     x, y = (load_file(o/"adapter"/"adapter_model.safetensors") for o in (a, b))
-    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and any(v.abs().sum() > 0 for k, v in x.items() if "lora_A" not in k)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    assert any(v.abs().sum() > 0 for k, v in x.items() if "lora_A" not in k)
 
 
 @pytest.fixture
 def deadly(monkeypatch):
-    "count(owner, name): a function is counted in `calls`, and raises KeyboardInterrupt(name) at the call number in `die`"
+    "count(owner, name): a function is counted in `calls`; at call number `die[name]` it raises KeyboardInterrupt(name)"
     calls, die = {}, {}
 
     def count(owner, name):
@@ -62,10 +65,43 @@ def deadly(monkeypatch):
     return count, calls, die
 
 
+def clean(env)->dict:
+    "An environment without what a test run sets; it imports the package that is tested, wherever a program works"
+    import srnb
+    package = str(Path(srnb.__file__).parent.parent)
+    return {k: v for k, v in env.items() if k not in ("MPLBACKEND", "IN_TEST")} | {"PYTHONPATH": package}
+
+
 @pytest.fixture
 def clean_env()->dict:
-    "Environment for a subprocess: without what a test run sets"
-    return {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "IN_TEST", "PYTHONPATH")}
+    "Environment for a subprocess"
+    return clean(os.environ)
+
+
+def _forked(tmp_path_factory):
+    import forks
+    forks.start()
+    folder, started = tmp_path_factory.mktemp("forks"), []
+
+    def start(what, *args, cwd=None, **env):
+        started.append(forks.Fork(what, *args, folder=folder, env=clean(os.environ) | env, cwd=cwd))
+        return started[-1]
+    yield start
+    for o in started:
+        o.kill()
+        o.wait()
+
+
+@pytest.fixture
+def forked(tmp_path_factory):
+    "forked(what, *args, cwd, **env): a warm process, see forks.py; what still runs when the test ends is killed"
+    yield from _forked(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def forked_for_all(tmp_path_factory):
+    "The same, for what the tests of a module share"
+    yield from _forked(tmp_path_factory)
 
 
 @pytest.fixture
@@ -79,6 +115,26 @@ def offline(monkeypatch, tmp_path):
     R.scorer_of.cache_clear()
     yield tmp_path
     R.scorer_of.cache_clear()
+
+
+ALONE = "tests/test_notebooks.py::" # its tests share nothing, and fill what the files leave of a core
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks come last; among them experiments, which take longest, come first"
+    items.sort(key=lambda o: o.nodeid.startswith(ALONE) + (o.nodeid.startswith(ALONE) and "[train_" not in o.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file stay together, because they share what it has made; notebooks are dealt out one by one"
+    if config.getoption("dist") != "load": return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_runtest_logreport(report):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,15 +12,20 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
-from srnb.align import OnlineDraw
+from srnb.align import DP2O, Run, Top, align
 from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
+from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
-from srnb.curation import Group, read_group
+from srnb.curation import Group, group_seeds, read_group
+from srnb.data import embedded_photos
+from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, alone, draw_made, draw_pairs, draw_winners, given_loser,
+                        preference_loss, split_backward, supervised_loss)
 from srnb.paths import Shift
+from srnb.plan import DoesNotFit
 from srnb.policies import load_adapter, text_ids
-from srnb.preference import hinge_loss
-from srnb.spectral import SobolevEnergy, l2_energy
-from srnb.training import DTYPES, DPORun, Loop, OutOfMemory, Pairs, as_dpo_loss, adapter_loss, fit, given_loser, margin_loss, preference_loss, train_dp2o
+from srnb.runs import Base, Data, Judging, dtype_of
+from srnb.spectral import SobolevEnergy
+from srnb.training import Loop, fit
 
 KINDS = ("sd", "sdxl", "flux")
 
@@ -33,97 +39,128 @@ def folders(tmp_path_factory)->dict[str, Path]:
 
 
 def backbone(folders, kind, prompts=("a tree",), **options):
-    return load_backbone(folders[kind], BackboneOptions(control=str(folders[f"{kind}-control"]), **options), prompts=prompts)
+    options = BackboneOptions(control=str(folders[f"{kind}-control"]), **options)
+    return load_backbone(folders[kind], options, prompts=prompts)
 
 
 def groups(n=2, m=4)->list[Group]:
     g = generator(0)
-    return [Group(f"p{i}", *(to_bytes(torch.rand(s, generator=g)).float().div(255) for s in ((3, 16, 16), (3, 64, 64), (m, 3, 64, 64))), "a tree" if i else "") for i in range(n)]
+    def images(*shape): return to_bytes(torch.rand(shape, generator=g)).float().div(255)
+    return [Group(f"p{i}", images(3, 16, 16), images(3, 64, 64), images(m, 3, 64, 64), "a tree" if i else "")
+            for i in range(n)]
 
 
 def pairs()->Pairs:
     bank = groups()
-    return Pairs([to_bytes(o.lq) for o in bank], [to_bytes(o.sr[:2]) for o in bank], [to_bytes(o.sr[2:]) for o in bank], torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
+    rows = zip(*((o.lq, o.sr[:2], o.sr[2:]) for o in bank), strict=True)
+    lq, winners, losers = ([to_bytes(o) for o in part] for part in rows)
+    return Pairs(lq, winners, losers, torch.ones(2, 2, 2), text_ids(o.prompt for o in bank))
+
+
+def of(pairs, policy): return lambda step, part: draw_pairs(pairs, policy, 1, 64, step)
 
 
 def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
-    if method == "sft": return adapter_loss(groups(), policy, 2, 64, 0), None, None, None
-    if method == "dp2o": return *preference_loss(pairs(), policy, 100., 1, 64, 0), None, math.log(2)
-    if method == "as_dpo": return as_dpo_loss(groups(), policy, 100., SobolevEnergy(1.5), given_loser, 2, 64, 0), None, None, math.log(2)
+    photographs = [replace(o, sr=o.gt[None]) for o in groups()]
+    if method == "sft":
+        loss = supervised_loss(lambda step, part: alone(draw_winners(photographs, policy, 2, 64, step), policy), policy)
+        return loss, None, None, None
+    if method == "dp2o": return preference_loss(of(pairs(), policy), policy, Logistic(100.)), None, None, math.log(2)
+    if method == "asasr":
+        def draw(step, part): return draw_made(photographs, policy, 2, 64, step, given_loser(groups()))
+        return preference_loss(draw, policy, Logistic(100.), SobolevEnergy(1.5)), None, None, math.log(2)
     draw = OnlineDraw(groups(), policy, 2, 64, 0, cells=2, every=1, capacity=2, refresh=2)
-    return *margin_loss(draw, policy, lambda m: hinge_loss(m, .001), None, l2_energy), draw, .001 # the gate: both gaps are 0
+    loss = preference_loss(draw, policy, Hinge(.001))
+    return loss, split_backward(policy, safeguard=False), draw, .001 # the gate: both gaps are 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["sft", "dp2o", "as_dpo", "dro"])
+@pytest.mark.parametrize("method", ["sft", "dp2o", "asasr", "dro"])
 def test_step(folders, tmp_path, kind, method):
     policy = backbone(folders, kind, checkpointing=kind == "flux")
     policy.add_lora(4, name="reference")
-    if method == "dro": policy.add_lora(4, name="snapshot"); policy.off |= {"snapshot"}
+    if method == "dro":
+        policy.add_lora(4, name="snapshot")
+        policy.off |= {"snapshot"}
     policy.add_lora(4)
     loss, backward, memory, start = steps_of(method, policy)
     frozen = {n: p.clone() for n, p in policy.net.named_parameters() if not p.requires_grad and "snapshot" not in n}
     trained = {n: p.clone() for n, p in policy.net.named_parameters() if p.requires_grad}
     assert trained and all(".policy." in n for n in trained)
-    weights, log = fit(policy.net, loss, Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2), tmp_path, backward, memory)
+    loop = Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2)
+    weights, log = fit(policy, loss, loop, tmp_path, backward, memory)
     if start is not None: check_close(log.loss[0], start, rtol=1e-5)
     now = dict(policy.net.named_parameters())
-    assert all(torch.equal(now[n], p) for n, p in frozen.items()) and any((now[n]-p).abs().max() > 1e-3 for n, p in trained.items())
-    assert set(load_file(tmp_path/"checkpoint-00000002"/"trained.safetensors")) < set(now) and not (tmp_path/"checkpoint-00000002"/"model.safetensors").exists()
+    assert all(torch.equal(now[n], p) for n, p in frozen.items())
+    assert any((now[n]-p).abs().max() > 1e-3 for n, p in trained.items())
+    kept = tmp_path/"checkpoint-00000002"
+    assert set(load_file(kept/"trained.safetensors")) < set(now) and not (kept/"model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_gradient(folders, kind):
     "What is trained of a whole control branch has a gradient: several processes would wait for one that never comes"
-    policy = backbone(folders, kind, train="whole", checkpointing=True); params = policy.add_copy("controlnet")
-    loss, _ = preference_loss(pairs(), policy, 100., 1, 64, 0)
-    loss(policy.net, 0, 0)[0].mean().backward()
+    policy = backbone(folders, kind, train="whole", checkpointing=True)
+    params = policy.add_copy("controlnet")
+    preference_loss(of(pairs(), policy), policy, Logistic(100.))(0, 0)[0].mean().backward()
     named = {n: p for n, p in policy.net.named_parameters() if p.requires_grad}
-    assert [n for n, p in named.items() if p.grad is None] == [] and {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
+    assert [n for n, p in named.items() if p.grad is None] == []
+    assert {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
 
 
 def test_learns(folders):
     "Winners and losers in the right places: white wins, black loses, and steps move the margin up"
-    white = Pairs([torch.full((3, 16, 16), 128, dtype=torch.uint8)], [torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)], [torch.zeros(2, 3, 64, 64, dtype=torch.uint8)], torch.ones(1, 2, 2))
-    policy = backbone(folders, "flux"); params = policy.add_lora(8)
-    loss, _ = preference_loss(white, policy, 50., 1, 64, 0); opt = torch.optim.Adam(params, 3e-3)
+    def filled(value, *shape): return [torch.full(shape, value, dtype=torch.uint8)]
+    white = Pairs(filled(128, 3, 16, 16), filled(255, 2, 3, 64, 64), filled(0, 2, 3, 64, 64), torch.ones(1, 2, 2))
+    policy = backbone(folders, "flux")
+    opt = torch.optim.Adam(policy.add_lora(8), 3e-3)
+    loss = preference_loss(of(white, policy), policy, Logistic(50.))
     for k in range(12):
-        values, logs = loss(policy.net, k, 0)
-        opt.zero_grad(); values.mean().backward(); opt.step()
+        values, logs, *_ = loss(k, 0)
+        opt.zero_grad()
+        values.mean().backward()
+        opt.step()
     assert logs["gap_w"] < logs["gap_l"] and values.mean() < math.log(2)
     assert len(white.latents) == 1 # the candidates were encoded once
 
 
-@pytest.mark.parametrize("kind,train,precision", [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")])
+RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")]
+
+@pytest.mark.parametrize("kind,train,precision", RUNS)
 def test_run(folders, tmp_path, kind, train, precision):
     "DP2O-SR end to end with prompts; the adapter is read back and gives the same samples, the base's are untouched"
-    from srnb.data import embedded_photos
     ids = [p.id for split in ("train", "held_out") for p in embedded_photos(split)[:1]]
     (tmp_path/"prompts.json").write_text(json.dumps(dict.fromkeys(ids, "a tree")))
     options = BackboneOptions(control=str(folders[f"{kind}-control"]), train=train)
-    cfg = DPORun(str(tmp_path/"out"), backbone=str(folders[kind]), options=options, prompts=str(tmp_path/"prompts.json"), size=64, patch=64, places=1, take=1, m=2, n=1,
-                 reward="offline_fr", judges=("psnr_y",), groups=1, steps=2, eval_m=1, rank=4, precision=precision, loop=Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2))
-    out = train_dp2o(cfg)
-    before, after = (read_group(out/n, ids[1]) for n in ("before", "after"))
+    run = Run(str(tmp_path/"out"), replace(DP2O, winners=Top(1)),
+              Data(size=64, places=1, take=1, prompts=str(tmp_path/"prompts.json")),
+              Base(str(folders[kind]), precision=precision, sample_steps=2, options=options),
+              Judging("offline_nr", m=2, judges=("psnr_y",), eval_m=1),
+              Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2), rank=4, batch=1, patch=64)
+    out = align(run)
+    before, after = (read_group(out/n, ids[1]) for n in ("before", "bank-after"))
     assert before.prompt == "a tree" and (before.sr-after.sr).abs().max() > 1/255
-    from srnb.curation import group_seeds
-    policy = load_backbone(cfg.backbone, options, dtype=DTYPES[precision], prompts=["a tree"])
+    policy = load_backbone(folders[kind], options, dtype=dtype_of(precision), prompts=["a tree"])
     def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
-    moved, rounding = (before.sr-after.sr).abs().mean(), 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
+    moved = (before.sr-after.sr).abs().mean()
+    rounding = 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
     assert moved > 2*rounding and (sample()-before.sr).abs().mean() < rounding
     load_adapter(policy, out/"adapter")
-    if train == "whole": assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}
+    if train == "whole":
+        assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}
     assert (sample()-after.sr).abs().mean() < rounding
-    with pytest.raises(ValueError, match="has none for"):
-        (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"})); train_dp2o(replace(cfg, out_dir=str(tmp_path/"lost")))
+    (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"}))
+    with pytest.raises(ValueError, match=f"prompts.json.*{ids[1]}"): align(replace(run, out=str(tmp_path/"lost")))
     assert not (tmp_path/"lost").exists()
 
 
 def response(code): return httpx.Response(code, request=httpx.Request("GET", "https://example.org"))
 
 @pytest.mark.parametrize("error,message", [
-    (GatedRepoError("gated", response=response(403)), "accept its licence"), (RepositoryNotFoundError("no", response=response(404)), "check the name"),
-    (LocalEntryNotFoundError("offline"), "check the network"), (OSError("no file named model.safetensors"), "missing or damaged")])
+    (GatedRepoError("gated", response=response(403)), "accept its licence"),
+    (RepositoryNotFoundError("no", response=response(404)), "check the name"),
+    (LocalEntryNotFoundError("offline"), "check the network"),
+    (OSError("no file named model.safetensors"), "missing or damaged")])
 def test_download(error, message):
     with pytest.raises(BackboneError, match=message):
         with _reading("owner/name", "unet"): raise error
@@ -140,29 +177,36 @@ def test_hub_name_offline(monkeypatch):
 
 
 def test_out_of_memory(folders, tmp_path):
-    def loss(model, step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with pytest.raises(OutOfMemory, match="step 0 does not fit.*checkpointing.*adamw_8bit"): fit(torch.nn.Linear(2, 2), loss, Loop(steps=2), tmp_path)
+    def loss(step, part): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(DoesNotFit, match="step 0 .*checkpointing.*adamw_8bit.*2.00 GiB"):
+        fit(SimpleNamespace(net=torch.nn.Linear(2, 2)), loss, Loop(steps=2), tmp_path)
 
 
 def test_eight_bits(tmp_path):
     "The 8-bit optimiser trains, and its states are bytes"
     from bitsandbytes.optim import AdamW8bit
-    net, seen = torch.nn.Linear(64, 128), []
-    def loss(model, step, part):
+    owner, seen = SimpleNamespace(net=torch.nn.Linear(64, 128)), []
+    def loss(step, part):
         seen.extend(o for o in gc.get_objects() if isinstance(o, AdamW8bit) and step == 4)
-        return model(torch.ones(4, 64)).square().mean(1), {}
-    _, log = fit(net, loss, Loop(steps=5, lr=1e-2, warmup=1, log_every=1, save_every=5, optimiser="adamw_8bit"), tmp_path)
-    assert log.loss.iloc[-1] < log.loss.iloc[0] and any(s["state1"].dtype == torch.uint8 for o in seen for s in o.state.values())
-    with pytest.raises(ValueError, match="adamw, adamw_8bit"): Loop(optimiser="sgd")
+        return owner.net(torch.ones(4, 64)).square().mean(1), {}
+    loop = Loop(steps=5, lr=1e-2, warmup=1, log_every=1, save_every=5, optimiser="adamw_8bit")
+    _, log = fit(owner, loss, loop, tmp_path)
+    assert log.loss.iloc[-1] < log.loss.iloc[0]
+    assert any(s["state1"].dtype == torch.uint8 for o in seen for s in o.state.values())
+    with pytest.raises(ValueError, match="optimiser.*'sgd'.*adamw, adamw_8bit"): Loop(optimiser="sgd")
 
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    with pytest.raises(ValueError, match="small policy"): train_dp2o(DPORun(str(tmp_path/"a"), options=BackboneOptions(guidance=2.)))
-    with pytest.raises(ValueError, match="multiples of the network's stride 16"): train_dp2o(DPORun(str(tmp_path/"b"), backbone=str(folders["sd"]), size=72, patch=72))
+    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
+                                ("c", tiny | dict(patch=56), "patch.*16.*56")):
+        run = fill(Run(str(tmp_path/name), DP2O), change)
+        with pytest.raises(ValueError, match=named): align(run)
+        assert not (tmp_path/name).exists()
     (tmp_path/"p.json").write_text("[1]")
-    with pytest.raises(ValueError, match="must map ids"): DPORun(str(tmp_path/"c"), prompts=str(tmp_path/"p.json"))
-    assert not any((tmp_path/n).exists() for n in "abc")
+    with pytest.raises(ValueError, match="prompts.*p.json"): Data(prompts=str(tmp_path/"p.json"))
+    with pytest.raises(FileNotFoundError, match="prompts.*q.json"): Data(prompts=str(tmp_path/"q.json"))
 
 
 def test_v_prediction(folders, tmp_path):

@@ -35,7 +35,9 @@ def coffee():
 @pytest.fixture
 def fresh():
     "Nothing loaded before or after"
-    def clear(): baselines._dat_light.cache_clear(); baselines._real_esrgan.cache_clear()
+    def clear():
+        baselines._dat_light.cache_clear()
+        baselines._real_esrgan.cache_clear()
     clear()
     yield
     clear()
@@ -78,7 +80,8 @@ def test_a_missing_package_is_named_with_its_remedy(without, name, package):
 
 
 def test_other_weights_are_refused(monkeypatch, fresh, tmp_path):
-    (tmp_path/"resources").mkdir(); (tmp_path/"resources/DAT_light_x4.pth").write_bytes(b"other")
+    (tmp_path/"resources").mkdir()
+    (tmp_path/"resources/DAT_light_x4.pth").write_bytes(b"other")
     class Spec: submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(baselines, "find_spec", lambda name: Spec)
     with pytest.raises(BaselineUnavailable, match="other weights"): dat_light(noise(1, 3, 4, 4))
@@ -117,7 +120,9 @@ def test_views_and_gradients(name):
 def test_weights_are_loaded_once(fresh, monkeypatch):
     seen, real = [], baselines.packaged_file
     monkeypatch.setattr(baselines, "packaged_file", lambda *a: seen.append(a[1]) or real(*a))
-    for _ in range(2): dat_light(noise(1, 3, 4, 4)); real_esrgan(noise(1, 3, 4, 4))
+    for _ in range(2):
+        dat_light(noise(1, 3, 4, 4))
+        real_esrgan(noise(1, 3, 4, 4))
     assert len(seen) == 3
 
 

@@ -1,11 +1,15 @@
-"CTMSR's losses against sides written here again: fixture 9 of the method's notes, gradients, fixed points, wrong variants"
+"CTMSR's losses against sides written here again: fixture 9 of the notes, gradients, fixed points, wrong variants"
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from srnb.consistency import (charbonnier, consistency_loss, gap_weight, half_square, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
-                              trajectory_gap)
-from srnb.core import generator, like_batch
+from srnb.consistency import (charbonnier, consistency_loss, gap_weight, half_square, intervals_at, matching_loss,
+                              node_pair, perceptual_distance, sds_gap, trajectory_gap)
+from srnb.core import generator, like_batch, seed_of
+from srnb.onestep import onestep_batch, onestep_loss
 from srnb.paths import Shift, sample_ddim, sample_ddpm
+from srnb.policies import PixelCodec, Policy
 
 B, SHAPE = 3, (3, 3, 8, 12)
 
@@ -29,7 +33,8 @@ def test_curriculum_of_the_release():
 
 def test_nodes():
     torch.testing.assert_close(Shift().sigma_grid(3), torch.tensor([1, 2/3, 1/3, 0]))
-    assert [tuple(round(float(s), 6) for s in node_pair(Shift(), 4, i)) for i in range(4)] == [(.25, 0), (.5, .25), (.75, .5), (1, .75)]
+    pairs = [tuple(round(float(s), 6) for s in node_pair(Shift(), 4, i)) for i in range(4)]
+    assert pairs == [(.25, 0), (.5, .25), (.75, .5), (1, .75)]
     with pytest.raises(ValueError, match=r"\[0, 4\)"): node_pair(Shift(), 4, -1)
 
 
@@ -38,16 +43,17 @@ def test_the_line_is_straight_and_two_samplers_walk_it(toys):
     for t in (.2, .5, .9):
         s = torch.full((B,), t, dtype=torch.float64)
         torch.testing.assert_close(path.state(z, eps, s), z + t*((y-z) + eps))
-    done = sample_ddim(lambda x, s: z, path.start(eps), path.sigma_grid(5).double(), path) # a network that knows the photograph
-    torch.testing.assert_close(done, z)
-    with pytest.raises(ValueError, match="ancestral"): sample_ddpm(lambda x, s: z, path.start(eps), path.sigma_grid(5).double(), path, torch.randn_like)
+    walk = (lambda x, s: z), path.start(eps), path.sigma_grid(5).double(), path # of a network that knows the photograph
+    torch.testing.assert_close(sample_ddim(*walk), z)
+    with pytest.raises(ValueError, match="ancestral"): sample_ddpm(*walk, torch.randn_like)
 
 
 @pytest.mark.parametrize("intervals, i", [(1, 0), (3, 0), (3, 2), (4, 1)])
 def test_consistency_loss_by_hand(toys, intervals, i):
     path, z, y, eps, _, net = toys
     scale = torch.tensor(.7, dtype=torch.float64, requires_grad=True)
-    value, z_hat = consistency_loss(lambda x, s: scale*net(x, s), path, z, eps, intervals, i, lambda a, b: (a-b).square().mean((1, 2, 3)))
+    def square(a, b): return (a-b).square().mean((1, 2, 3))
+    value, z_hat = consistency_loss(lambda x, s: scale*net(x, s), path, z, eps, intervals, i, square)
     high, low = (torch.full((B,), k/intervals, dtype=torch.float64) for k in (i+1, i))
     x, x_low = (z + like_batch(s, z)*(y-z+eps) for s in (high, low))
     out, target = net(x, high), z if i == 0 else .7*net(x_low, low)
@@ -81,6 +87,51 @@ def test_the_noise_of_both_states_is_shared(toys):
     assert sds_gap(net, path, z, z, eps, sigma).abs().max() > .1 # its fixed point is elsewhere
 
 
+class Grey: # photographs of one grey, and inputs that are a little darker
+    def batch(self, n, side, g): return torch.full((n, 3, side//4, side//4), .4), torch.full((n, 3, side, side), .5)
+
+
+class Net(torch.nn.Module):
+    "A network of one function of its input; `stride` as a policy wants it"
+    stride = 4
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.w = f, torch.nn.Parameter(torch.ones(()))
+    def forward(self, x, sigma, cond): return self.f(self.w*x)
+
+
+def cubed(x): return x+x**3 # a teacher that is not linear: on a linear one the noise of both states cancels
+
+
+def seen_noise(step=2):
+    "The noise that a step of matching gives to its gap, what the step drew, and the step's logs; y is -.2, z is 0"
+    student, teacher = (Policy(Net(f), Shift(), Shift(), PixelCodec()) for f in (torch.tanh, cubed))
+    seen, run = {}, SimpleNamespace(batch=2, patch=16, window=8, seed=3, lpips_weight=.5)
+    def gap(f, path, z_hat, z, eps, sigma):
+        seen.update(eps=eps, sigma=sigma, z_hat=z_hat, z=z, gap=trajectory_gap(f, path, z_hat, z, eps, sigma))
+        return seen["gap"]
+    def lpips(a, b): return (a-b).square().mean((1, 2, 3))
+    match = SimpleNamespace(gap_of=gap, weight=1.6, inside=True)
+    loss = onestep_loss(Grey(), student, run, lambda k: 3, lpips, match, lambda k: teacher)
+    _, logs = loss(step, 0)
+    return seen, onestep_batch(Grey(), student, 2, 16, 8, 3, seed_of(3, "consistency", step, 0)), logs
+
+
+def test_matching_draws_its_own_noise():
+    "Both trajectories start from fresh noise. From the noise that made the output the gap differs by over a tenth"
+    seen, (z, eps, fresh, lq, i, _), logs = seen_noise()
+    assert torch.equal(seen["eps"], fresh) and not torch.equal(eps, fresh)
+    assert (eps*fresh).mean().abs() < .1 < (eps*eps).mean() # two draws
+    y, s = torch.full_like(z, -.2), 1/3
+    def state(z, e, s): return z+s*(y-z+e)
+    z_hat = torch.tanh(state(z, eps, (i+1)/3))
+    def by_hand(e): return cubed(state(z_hat, e, s))-cubed(state(z, e, s))
+    torch.testing.assert_close(seen["z_hat"], z_hat, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen["gap"], by_hand(fresh), atol=1e-5, rtol=0)
+    assert logs["gap"] == pytest.approx(by_hand(fresh).abs().mean().item(), abs=1e-5)
+    assert abs(by_hand(eps).abs().mean()-by_hand(fresh).abs().mean()) > .1*logs["gap"]
+
+
 def test_guard(toys):
     _, z, _, _, _, _ = toys
     same, zero = z.clone().requires_grad_(), torch.zeros_like(z)
@@ -104,4 +155,5 @@ def test_distance():
     def mean_square(u, v): return (u-v).square().mean((1, 2, 3))
     torch.testing.assert_close(charbonnier(a, b), (a-b).abs().mean((1, 2, 3)), atol=1e-5, rtol=0)
     window = ((a-b)[..., 4:12, 6:14]/2).square().mean((1, 2, 3)) # LPIPS sees [0, 1]
-    torch.testing.assert_close(perceptual_distance(mean_square, (4, 6, 8), .3)(a, b), .3*window + .7*(a-b).abs().mean((1, 2, 3)), atol=1e-5, rtol=0)
+    by_hand = .3*window + .7*(a-b).abs().mean((1, 2, 3))
+    torch.testing.assert_close(perceptual_distance(mean_square, (4, 6, 8), .3)(a, b), by_hand, atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,15 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from srnb import core
 from srnb.core import check_close, generator, open_run, read_image, write_image, write_json, write_table
 
 
 def png16(path, rgb):
     "A 16-bit RGB PNG, which Pillow reads as 8 bit without a word"
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
-    def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     head = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 @pytest.fixture
@@ -51,14 +55,18 @@ def test_refused(tmp_path, rgb):
     Image.fromarray(np.tile(rgb, (20, 20, 1))).save(tmp_path/"whole.jpg")
     (tmp_path/"cut.jpg").write_bytes((tmp_path/"whole.jpg").read_bytes()[:2000])
     (tmp_path/"empty.png").write_bytes(b"")
-    for name, message in (("alpha.png", "flatten"), ("grey16.png", "8-bit"), ("rgb16.png", "8-bit"), ("cmyk.jpg", "CMYK"), ("cut.jpg", "truncated"),
-                          ("empty.png", "not an image")):
+    for name, message in (("alpha.png", "flatten"), ("grey16.png", "8-bit"), ("rgb16.png", "8-bit"),
+                          ("cmyk.jpg", "CMYK"), ("cut.jpg", "truncated"), ("empty.png", "not an image")):
         with pytest.raises(ValueError, match=f"{name}.*{message}"): read_image(tmp_path/name)
     with pytest.raises(FileNotFoundError, match="nowhere.png"): read_image(tmp_path/"nowhere.png")
     with pytest.raises(ValueError, match="png"): write_image(tmp_path/"x.jpg", torch.zeros(3, 2, 2))
 
 
-@pytest.mark.parametrize("write", [lambda p: write_json(p, dict(a=2)), lambda p: write_table(p, pd.DataFrame(dict(a=[2])))], ids=["json", "table"])
+def write_2_json(path): write_json(path, dict(a=2))
+def write_2_table(path): write_table(path, pd.DataFrame(dict(a=[2])))
+
+
+@pytest.mark.parametrize("write", [write_2_json, write_2_table], ids=["json", "table"])
 def test_full_disk(tmp_path, monkeypatch, write):
     "What stood there before still stands, and nothing half written stays"
     path = tmp_path/"x"
@@ -75,3 +83,39 @@ def test_moved_run(tmp_path):
     (tmp_path/"a").rename(tmp_path/"b")
     open_run(tmp_path/"b", dict(kappa=1.))
     assert json.loads((tmp_path/"b"/"config.json").read_text())["params"] == dict(kappa=1.)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "Seconds, which the test advances by hand"
+    now = [100.]
+    monkeypatch.setattr(core, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_progress(clock, capsys):
+    "A line at least five seconds after the last, and one at the end; what an earlier run did takes no time"
+    def seen(seconds, **kw):
+        for k, _ in enumerate(core.progress(range(len(seconds)), "steps", **kw)): clock[0] += seconds[k]
+        return capsys.readouterr().out.splitlines()
+    assert seen([3]*5) == ["steps: 2/5, 6 s, 9 s left", "steps: 4/5, 12 s, 3 s left", "steps: 5/5, 15 s, 0 s left"]
+    assert seen([1]*4) == [] and seen([0]*0) == []
+    assert seen([1]*2, every=0.) == ["steps: 1/2, 1 s, 1 s left", "steps: 2/2, 2 s, 0 s left"]
+    assert seen([8, 1], start=2, total=4, note=lambda: "loss 1") == ["steps: 3/4, 8 s, 8 s left loss 1",
+                                                                     "steps: 4/4, 9 s, 0 s left loss 1"]
+
+
+def test_clock(clock):
+    "At once after the first of several, not of one; at any pace of its caller; through any channel"
+    def said(calls, total, **kw):
+        lines = []
+        tick = core.Clock("tiles", lines.append, **kw)
+        for seconds, done in calls:
+            clock[0] += seconds
+            tick(done, total)
+        return lines
+    assert said([(2, 1), (2, 2), (2, 3)], 3, at_once=True) == ["tiles: 1/3, 2 s, 4 s left", "tiles: 3/3, 6 s, 0 s left"]
+    assert said([(2, 1)], 1, at_once=True) == said([(2, 1), (2, 2)], 2) == []
+    assert said([(2, 6)], 9, at_once=True, start=5) == ["tiles: 6/9, 2 s, 6 s left"]
+    waits = said([(6, 4), (6, 4), (1, 8)], 12, start=4) # nothing new at first
+    assert waits == ["tiles: 4/12, 6 s, 48 s left", "tiles: 4/12, 12 s, 96 s left"]

@@ -1,10 +1,11 @@
-"Fixture 7: hierarchical weights have mean one, and no affine change of a raw metric moves rewards, pairs or weights; banks made by many processes"
+"""Fixture 7: hierarchical weights have mean one, and no affine change of a raw metric moves rewards, pairs or weights;
+banks made by many processes"""
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 
 from srnb import curation
 from srnb.core import check_close, generator, quantize
-from srnb.curation import (Claims, Ledger, finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight, make_bank, read_group, rehearse,
-                           score_bank, share, top_bottom)
+from srnb.curation import (Claims, Ledger, finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight,
+                           make_bank, read_group, rehearse, score_bank, share, top_bottom)
 from srnb.nets import SmallUNet, UNetConfig
 from srnb.policies import Policy
 from srnb.rewards import OFFLINE, PSNR_Y, SSIM_Y, GroupMinMax, hybrid
@@ -39,7 +40,9 @@ def test_affine():
     g, raw = generator(1), {}
     for metric in OFFLINE.metrics: raw[metric.name] = torch.rand(6, 8, generator=g, dtype=torch.float64)
     changed = {name: 3.7*v - 11 for name, v in raw.items()}
-    reward, other = (torch.stack([hybrid({n: v[i] for n, v in scores.items()}, OFFLINE, GroupMinMax()) for i in range(6)]) for scores in (raw, changed))
+    def rewards(scores):
+        return torch.stack([hybrid({n: v[i] for n, v in scores.items()}, OFFLINE, GroupMinMax()) for i in range(6)])
+    reward, other = rewards(raw), rewards(changed)
     check_close(reward, other, atol=1e-12)
     a, b = top_bottom(reward, 2), top_bottom(other, 2)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -66,24 +69,37 @@ def inputs():
     net = SmallUNet(UNetConfig((16, 16), (1, 1), 16)).eval()
     with torch.no_grad():
         for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*.1)
-    return Policy(net), [(f"photo{k}", quantize(torch.rand(3, 8, 8, generator=g)), quantize(torch.rand(3, 32, 32, generator=g))) for k in range(GROUPS)]
+    def image(side): return quantize(torch.rand(3, side, side, generator=g))
+    return Policy(net), [(f"photo{k}", image(8), image(32)) for k in range(GROUPS)]
 
 
-def worker(folder, journal, seconds):
+def worker(folder, journal, seconds, stop, until):
     "Curate and score as one of several processes; the journal says which groups it begins"
     torch.set_num_threads(1)
     policy, pairs = inputs()
     name_of, sample, score_group = {group_seeds(i, 3)[0]: i for i, _, _ in pairs}, policy.sample, curation.score_group
+    finish, passed = Ledger.finish, Counter()
     def note(text):
         with open(journal, "a") as f: f.write(text+"\n")
+    def reach(place): # for the n-th time: "sample 3" stops here and stays until it is killed
+        passed[place] += 1
+        if stop == f"{place} {passed[place]}":
+            Path(f"{journal}.stopped").touch()
+            threading.Event().wait()
     def slow(lq, seeds, *rest):
         note(name_of[seeds[0]])
+        reach("sample")
+        while until and not Path(until).exists(): time.sleep(.005)
         time.sleep(float(seconds))
         return sample(lq, seeds, *rest)
+    def noted(ledger, i):
+        assert (ledger.folder/"groups"/f"{i}.safetensors").exists() # before its line
+        reach("line")
+        finish(ledger, i)
     def scored(*a):
         note("score")
         return score_group(*a)
-    policy.sample, curation.score_group = slow, scored
+    policy.sample, curation.score_group, Ledger.finish = slow, scored, noted
     Path(f"{journal}.ready").touch()
     while not Path(folder).with_name("go").exists(): time.sleep(.005) # all begin at once
     make_bank(folder, policy, pairs, 3, 2)
@@ -91,16 +107,32 @@ def worker(folder, journal, seconds):
     score_bank(folder, [PSNR_Y, SSIM_Y]).to_parquet(f"{journal}.parquet")
 
 
-def launch(tmp, rank, world=2, seconds=.05):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_curation import worker; worker(*sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, str(tmp/"bank"), str(tmp/f"journal{rank}"), str(seconds)], stdout=subprocess.DEVNULL,
-                            stderr=(tmp/f"errors{rank}").open("w"), env=dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1"))
+@pytest.fixture
+def launch(tmp_path):
+    "Starts a process that curates; none outlives its test"
+    here, team = str(Path(__file__).parent), []
+    code = f"import sys; sys.path.insert(0, {here!r}); from test_curation import worker; worker(*sys.argv[1:])"
+    def one(rank, world=2, seconds=.05, stop="", until=""):
+        told = [str(tmp_path/"bank"), str(tmp_path/f"journal{rank}"), str(seconds), stop, str(until)]
+        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+        with (tmp_path/f"errors{rank}").open("w") as errors:
+            team.append(subprocess.Popen([sys.executable, "-c", code, *told], env=env, stdout=subprocess.DEVNULL,
+                                         stderr=errors))
+        return team[-1]
+    yield one
+    for p in team:
+        p.kill()
+        p.wait()
+
+
+def wait_for(tmp, team, what): # while all are at work
+    while not what():
+        for r, p in enumerate(team): assert p.poll() is None, (tmp/f"errors{r}").read_text()
+        time.sleep(.005)
 
 
 def start(tmp, team): # when all have loaded
-    while not all((tmp/f"journal{r}.ready").exists() for r in range(len(team))):
-        for r, p in enumerate(team): assert p.poll() is None, (tmp/f"errors{r}").read_text()
-        time.sleep(.01)
+    wait_for(tmp, team, lambda: all((tmp/f"journal{r}.ready").exists() for r in range(len(team))))
     (tmp/"go").touch()
 
 
@@ -108,7 +140,8 @@ def begun(tmp, rank): return (tmp/f"journal{rank}").read_text().split() if (tmp/
 
 
 def tree(folder): # path -> bytes, of every file; of the configuration what must agree
-    files = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in folder.rglob("*") if not p.name.startswith(".part-")} # what a killed process was writing may stay
+    paths = [p for p in folder.rglob("*") if not p.name.startswith(".part-")] # what a killed process wrote may stay
+    files = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"folder" for p in paths}
     return dict(files, **{"config.json": json.loads(files["config.json"])["params"]})
 
 
@@ -125,50 +158,53 @@ def test_one_manifest(whole):
     assert sorted(p.name for p in whole[0].iterdir()) == ["config.json", "groups", "manifest.jsonl", "scores"]
 
 
-def test_two_processes(whole, tmp_path, monkeypatch):
-    "They open one new folder at once, share groups and scores, and leave what one process leaves, byte for byte; a third has nothing to do"
-    team = [launch(tmp_path, r, seconds=t) for r, t in ((0, .05), (1, .3))] # the fast one takes over from the slow one
+def test_two_processes(whole, tmp_path, launch, monkeypatch):
+    "They open one new folder at once, share groups and scores, and leave what one process leaves; a third does nothing"
+    team = [launch(r, seconds=t) for r, t in ((0, .05), (1, .3))] # the fast one takes over from the slow one
     start(tmp_path, team)
-    for r, p in enumerate(team): assert p.wait(60) == 0, (tmp_path/f"errors{r}").read_text()
+    for r, p in enumerate(team): assert p.wait() == 0, (tmp_path/f"errors{r}").read_text()
     each = [begun(tmp_path, r) for r in (0, 1)]
-    assert sorted(i for e in each for i in e if i != "score") == sorted(f"photo{k}" for k in range(GROUPS)) # every group once
+    done = sorted(i for e in each for i in e if i != "score")
+    assert done == sorted(f"photo{k}" for k in range(GROUPS)) # every group once
     assert sum(e.count("score") for e in each) == GROUPS # scored once; who did how much is the machine's choice
     assert tree(tmp_path/"bank") == tree(whole[0])
     for r in (0, 1): assert pd.read_parquet(tmp_path/f"journal{r}.parquet").equals(whole[1])
-    monkeypatch.setenv("RANK", "2"); monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     policy, pairs = inputs()
     policy.sample = None # nobody may ask
     make_bank(tmp_path/"bank", policy, pairs, 3, 2)
     assert tree(tmp_path/"bank") == tree(whole[0])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed(whole, tmp_path, victim):
-    "SIGKILL at a random moment: the other finishes everything, and only the group in work is begun twice"
-    team, moment = [launch(tmp_path, r, seconds=.15) for r in (0, 1)], random.uniform(0, .6)
+@pytest.mark.parametrize("victim, stop", [(0, "sample 3"), (1, "line 2")])
+def test_killed(whole, tmp_path, launch, victim, stop):
+    "SIGKILL while a group is sampled, or between its file and its line: the other does everything else, and that again"
+    other, stopped = 1-victim, tmp_path/f"journal{victim}.stopped"
+    team = [launch(r, **(dict(stop=stop) if r == victim else dict(until=stopped))) for r in (0, 1)]
     start(tmp_path, team)
-    while not begun(tmp_path, victim): assert team[victim].poll() is None, (tmp_path/f"errors{victim}").read_text(); time.sleep(.005)
-    time.sleep(moment)
+    wait_for(tmp_path, team, lambda: stopped.exists() and len(begun(tmp_path, other)) > 3)
     team[victim].kill()
     assert team[victim].wait() == -signal.SIGKILL
-    finished = finished_groups(tmp_path/"bank")
-    assert len(finished) < GROUPS
-    assert team[1-victim].wait(60) == 0, (tmp_path/f"errors{1-victim}").read_text()
+    finished, mine = finished_groups(tmp_path/"bank"), begun(tmp_path, victim)
+    assert set(mine[:-1]) < set(finished) and mine[-1] not in finished and len(mine) == int(stop.split()[1])
+    assert team[other].wait() == 0, (tmp_path/f"errors{other}").read_text()
     names = Counter(i for r in (0, 1) for i in begun(tmp_path, r) if i != "score")
-    again = [i for i, n in names.items() if n > 1]
-    assert len(names) == GROUPS and sum(names.values()) <= GROUPS+1 and not set(again) & set(finished), (moment, names)
+    assert len(names) == GROUPS and [i for i, n in names.items() if n > 1] == mine[-1:] and names[mine[-1]] == 2
     assert tree(tmp_path/"bank") == tree(whole[0])
 
 
 def emptied(folder, ids=("a", "b", "c")): # share empty groups; what this call did
     ledger, did = Ledger(folder), []
-    def work(i): did.append(i); ledger.finish(i)
+    def work(i):
+        did.append(i)
+        ledger.finish(i)
     share(folder/"claims", list(ids), ledger.done, ledger.refresh, work)
     return did
 
 
 def test_void_claims(tmp_path, monkeypatch):
-    "Of an ended process on this machine: at once; of another machine: when nobody touches it; of the living: never, and waiting ends"
+    "Of an ended process here: at once; of another machine: when untouched; of the living: never, and waiting ends"
     claims = tmp_path/"claims"
     claims.mkdir()
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -181,7 +217,8 @@ def test_void_claims(tmp_path, monkeypatch):
     os.symlink(f"{mine.me.split()[0]} {os.getpid()} 1", claims/"a") # an earlier call of this process
     assert emptied(tmp_path) == ["a", "b", "c"] and not claims.exists() and emptied(tmp_path) == []
 
-    monkeypatch.setattr(curation, "STALE", .4); monkeypatch.setattr(curation, "PATIENCE", 1.)
+    monkeypatch.setattr(curation, "STALE", .4)
+    monkeypatch.setattr(curation, "PATIENCE", 1.)
     folder = tmp_path/"gone"
     (folder/"claims").mkdir(parents=True)
     os.symlink("elsewhere/1 1 1", folder/"claims/b")
@@ -193,7 +230,8 @@ def test_void_claims(tmp_path, monkeypatch):
     with Claims(folder/"claims") as there:
         there.me = "elsewhere/1 1 1"
         assert there.take("b")
-        with pytest.raises(TimeoutError, match="waited 1 s for 1 that other processes hold.*the first is b"): emptied(folder)
+        waited = r"waited \d+ s for 1 that other processes hold.*the first is b"
+        with pytest.raises(TimeoutError, match=waited): emptied(folder)
         assert finished_groups(folder) == ["a", "c"]
 
 
@@ -205,7 +243,9 @@ def test_taken_over_by_one(tmp_path):
     judged = slow.void
     def late(path): # between the judgement and the deed
         text = judged(path)
-        if text == old: (tmp_path/"a").unlink(); os.symlink(fast.me, tmp_path/"a")
+        if text == old:
+            (tmp_path/"a").unlink()
+            os.symlink(fast.me, tmp_path/"a")
         return text
     slow.void = late
     assert not slow.take("a") and os.readlink(tmp_path/"a") == fast.me and len(list(tmp_path.iterdir())) == 1
@@ -213,13 +253,17 @@ def test_taken_over_by_one(tmp_path):
 
 def test_torn_lines(tmp_path, monkeypatch):
     "A torn line counts for nothing, in any manifest; its own process cuts it off, others pass over it"
-    monkeypatch.setenv("RANK", "1"); monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path/"manifest.jsonl").write_text('{"id": "a"}\n{"id": "b')
     (tmp_path/"manifest-0.jsonl").write_text('{"id": "c"}\n{"id": "d{"id": "e"}\n{"id": "f"}\n')
     (tmp_path/"manifest-1.jsonl").write_text('{"id": "g"}\n{"id"')
     assert sorted(finished_groups(tmp_path)) == ["a", "c", "f", "g"]
     ledger = Ledger(tmp_path)
-    ledger.refresh(); ledger.mend(); ledger.finish("h"); ledger.mend()
+    ledger.refresh()
+    ledger.mend()
+    ledger.finish("h")
+    ledger.mend()
     assert (tmp_path/"manifest-1.jsonl").read_text() == '{"id": "g"}\n{"id": "h"}\n'
     assert emptied(tmp_path, "abcdefgh") in (["b", "e", "d"], ["b", "d", "e"])
     Ledger(tmp_path).merge("abcdefgh")
@@ -231,19 +275,21 @@ def test_torn_lines(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank, world", [(0, 1), (3, 5), (63, 64)])
 def test_alone_of_many(tmp_path, monkeypatch, rank, world):
     "The only survivor does everything, each group once; its own share first"
-    monkeypatch.setenv("RANK", str(rank)); monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
     ids = [f"g{k}" for k in range(200)]
     did = emptied(tmp_path, ids)
     assert sorted(did) == sorted(ids) and did[:len(ids[rank::world])] == ids[rank::world]
 
 
 def test_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "2"); monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK=2, WORLD_SIZE=2"): emptied(tmp_path)
 
 
 def test_rehearsal(tmp_path):
-    "Thousands of empty groups, three processes, five killed at random: nothing is lost, and no more is begun twice than processes died"
-    tried = rehearse(tmp_path, groups=4000, processes=3, kills=5, sync=False, seed=random.randrange(2**31))
+    "Empty groups, three processes, five killed at random: nothing is lost, no more begun twice than processes died"
+    tried = rehearse(tmp_path, groups=4000, processes=3, kills=5, sync=False, seed=7)
     assert 0 <= tried["again"] <= 5 and tried["most_claims"] <= 3+5 and tried["bytes"] == 24
     assert not list(tmp_path.glob("manifest-*"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from srnb.core import generator, seed_of
-from srnb.degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR, Blur, Degradation, Stage, degradation_name, degrade, draw_kernel
+from srnb.degrade import (RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR, Blur, Degradation, Stage, degradation_name, degrade,
+                          draw_kernel, mirrored)
 
 PRESETS = (RESSHIFT_TEST, RESSHIFT_TRAIN, SEESR)
 
@@ -21,7 +22,8 @@ def picture(h=64, w=96): # smooth, with edges, 8-bit values
     return torch.stack([x, y, ((x*5).floor()+(y*3).floor()) % 2]).mul(255).round().div(255)
 
 
-def digest(images): return hashlib.sha256(b"".join(o.mul(255).round().byte().numpy().tobytes() for o in images)).hexdigest()
+def digest(images):
+    return hashlib.sha256(b"".join(o.mul(255).round().byte().numpy().tobytes() for o in images)).hexdigest()
 
 
 @pytest.mark.parametrize("d", PRESETS, ids=lambda d: d.name)
@@ -80,21 +82,44 @@ def test_second_stage_happens_as_often_as_asked():
     assert abs(ran/n-.3) < 4*(.3*.7/n)**.5
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("before, after", [(0, 0), (0, 9), (9, 0), (4, 5), (5, None)])
+def test_mirrored(n, before, after):
+    "A walk to and fro along the side, however short it is, that passes its start after `before` steps"
+    place, step, walk = 0, 1, []
+    for _ in range(n+9): # forwards, from the first pixel
+        walk.append(place)
+        if not 0 <= place+step < n: step = -step
+        place = min(max(place+step, 0), n-1)
+    wanted = walk[1:before+1][::-1] + walk[:n+(before if after is None else after)]
+    assert mirrored(n, before, after).tolist() == wanted
+
+
 def test_presets_are_plain_data():
     for d in PRESETS:
         assert json.loads(json.dumps(dataclasses.asdict(d)))["name"] == d.name
         hash(d)
 
 
-def every_fourth(gt, generator, scale): return gt[:, ::scale, ::scale] + .02*torch.rand(3, gt.shape[1]//scale, gt.shape[2]//scale, generator=generator)
+def every_fourth(gt, generator, scale):
+    image = gt[:, ::scale, ::scale]
+    return image + .02*torch.rand(image.shape, generator=generator)
+
+
+def no_tensor(gt, generator, scale): return None
+def large(gt, generator, scale): return gt
+def bright(gt, generator, scale): return gt[:, ::4, ::4]*300
+def in_bytes(gt, generator, scale): return gt[:, ::4, ::4].byte()
 
 
 def test_a_function_degrades():
     "8-bit values of the right size, by the generator alone; the photograph stays as it is"
     gt = picture()*.9
     lq = degrade(gt, every_fourth, generator(3))
-    assert lq.shape == (3, 16, 24) and torch.equal(lq, lq.mul(255).round().div(255)) and torch.equal(lq, degrade(gt, every_fourth, generator(3)))
-    assert not torch.equal(lq, degrade(gt, every_fourth, generator(4))) and degradation_name(every_fourth) == "every_fourth" and degradation_name(SEESR) == "seesr"
+    assert lq.shape == (3, 16, 24) and torch.equal(lq, lq.mul(255).round().div(255))
+    assert torch.equal(lq, degrade(gt, every_fourth, generator(3)))
+    assert not torch.equal(lq, degrade(gt, every_fourth, generator(4)))
+    assert degradation_name(every_fourth) == "every_fourth" and degradation_name(SEESR) == "seesr"
     def spoils(gt, generator, scale): return gt.zero_()[:, ::scale, ::scale]
     assert not degrade(gt, spoils, generator(0)).any() and gt.any()
 
@@ -109,10 +134,10 @@ def test_a_function_degrades():
     (lambda: degrade(picture().numpy(), SEESR, generator(0)), TypeError, "torch tensor"),
     (lambda: degrade(picture(), "seesr", generator(0)), TypeError, "Degradation"),
     (lambda: degrade(picture(), functools.partial(every_fourth), generator(0)), TypeError, "with a name, got partial"),
-    (lambda: degrade(picture(), lambda gt, generator, scale: None, generator(0)), ValueError, "must give a tensor of shape"),
-    (lambda: degrade(picture(), lambda gt, generator, scale: gt, generator(0)), ValueError, r"\(3, 16, 24\), got \(3, 64, 96\)"),
-    (lambda: degrade(picture(), lambda gt, generator, scale: gt[:, ::4, ::4]*300, generator(0)), ValueError, r"\[0, 1\]"),
-    (lambda: degrade(picture(), lambda gt, generator, scale: gt[:, ::4, ::4].byte(), generator(0)), TypeError, "float32"),
+    (lambda: degrade(picture(), no_tensor, generator(0)), ValueError, "must give a tensor of shape"),
+    (lambda: degrade(picture(), large, generator(0)), ValueError, r"\(3, 16, 24\), got \(3, 64, 96\)"),
+    (lambda: degrade(picture(), bright, generator(0)), ValueError, r"\[0, 1\]"),
+    (lambda: degrade(picture(), in_bytes, generator(0)), TypeError, "float32"),
     (lambda: degrade(picture(), SEESR, 0), TypeError, "generator"),
     (lambda: degrade(picture(), SEESR, generator(0), scale=2.5), ValueError, "whole number"),
     (lambda: dataclasses.replace(SEESR, jpeg=(60, 101)), ValueError, "ends at 100"),

@@ -83,6 +83,37 @@ def test_at_m_is_a_record_again():
     assert (got["Best@4"], got["Worst@4"]) == (one.max(), one.min()) and got["Mean@2"] == pytest.approx(one.mean())
     mt.summarise(pd.concat([t, a]))
 
+def study(*changes):
+    "A record in which training k of two photographs changes by changes[k] and changes[k]+.2, in both of two seeds"
+    rows = [dict(row="a", training=k, image=f"p{p}", seed=s, metric="reward", variant=v,
+                 value=10*p+s+(v == "after")*(c+.2*p))
+            for k, c in enumerate(changes) for p in range(2) for s in range(2) for v in ("before", "after")]
+    return pd.DataFrame(rows)
+
+def test_a_studys_change_by_hand():
+    d = mt.study_change(study(-1., .3), "a", "reward").set_index(["image", "training"]).value
+    want = {("p0", 0): -1., ("p0", 1): .3, ("p1", 0): -.8, ("p1", 1): .5} # after minus before
+    assert d.to_dict() == pytest.approx(want)
+
+@pytest.mark.parametrize("changes, seeds", [
+    ((-1., -.5, .2), "2 of 3 agree"), # the mean is -1/3, and two trainings are below 0
+    ((1., .5, -.4), "2 of 3 agree"),
+    ((-1., -.5, -.4), "3 of 3 agree"),
+    ((-3., .5, .4), "1 of 3 agree"), # one training has made the mean what it is
+    ((3., -.5, -.4), "1 of 3 agree"),
+])
+def test_how_many_trainings_agree_with_the_sign_of_the_mean(changes, seeds):
+    d = mt.study_change(study(*changes), "a", "reward")
+    told = mt.claim("it rises", "a", d, digits=2)
+    assert (told["sentence"], told["row"], told["seeds"]) == ("it rises", "a", seeds)
+    mean, low = np.mean(changes)+.1, np.mean(changes)+.1-12.7062*.1 # photographs .2 apart: t(.975, 1) s/sqrt(2)
+    assert told["value"] == f"{mean:+.2f} [{low:+.2f}, {2*mean-low:+.2f}] ± {np.std(changes, ddof=1):.2f}"
+    assert told["interval"] == ("above 0" if low > 0 else "below 0" if 2*mean-low < 0 else "includes 0")
+
+@pytest.mark.parametrize("low, high, word", [
+    (.1, 2, "above 0"), (-2, -.1, "below 0"), (-1, 1, "includes 0"), (0, 1, "includes 0"), (-1, 0, "includes 0")])
+def test_verdict(low, high, word): assert mt.verdict(mt.Interval((low+high)/2, low, high, 2)) == word
+
 def test_spread_and_mean_std():
     s = mt.spread([1., 2., 4.])
     assert (s.mean, s.std, s.low, s.high, s.n) == pytest.approx((7/3, np.std([1, 2, 4], ddof=1), 1, 4, 3))

@@ -12,6 +12,7 @@ import srnb
 
 HEAVY = ["pyiqa", "diffusers", "transformers", "matplotlib", "seaborn", "lpips", "IPython"]
 METRICS = ["pyiqa", "lpips", "stlpips_pytorch", "pycvvdp", "cvvdp", "matplotlib", "seaborn"]
+LIGHT = ["core", "spectral", "paths", "degrade", "data", "nets", "policies"] # rooms that live on torch and Pillow alone
 
 
 def loaded(code, root, env): # modules in a fresh interpreter after `code`
@@ -29,10 +30,22 @@ def test_import_is_cheap(root, clean_env):
     assert not found & {*HEAVY, *METRICS, "accelerate", "peft"}
 
 
-def test_rooms_import_no_metric_library(root, clean_env):
-    names = modules(root)
-    assert names
-    found = loaded("\n".join(f"import srnb.{o}" for o in names), root, clean_env)
+def test_import_takes_no_time(root, clean_env):
+    "Processor time, so that a busy machine does not count; the least of three"
+    code = "import time\nstart = time.process_time()\nimport srnb\nprint(time.process_time()-start)"
+    def seconds():
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=clean_env, check=True, capture_output=True)
+        return float(done.stdout)
+    assert min(seconds() for _ in range(3)) < .05
+
+
+def test_rooms_import_what_they_need(root, clean_env):
+    "No metric library anywhere; pandas, SciPy and PEFT only where a table or an adapter is made. Light rooms first"
+    names, later = modules(root), {*HEAVY, *METRICS, "pandas", "scipy", "peft", "accelerate", "torchvision"}
+    assert {*LIGHT} < {*names}
+    light, rooms = ("\n".join(f"import srnb.{o}" for o in part) for part in (LIGHT, names))
+    check = f"import sys\nearly = sorted({later} & {{*sys.modules}})\nassert not early, early"
+    found = loaded(f"{light}\n{check}\n{rooms}", root, clean_env)
     assert {f"srnb.{o}" for o in names} <= found
     assert not found & set(METRICS)
 

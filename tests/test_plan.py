@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Training, adapt, asasr_layers, cost, largest, measure,
-                       plan)
+from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, cost, largest,
+                       measure, plan)
 
 TEXT = (Network("transformers", "T5EncoderModel", dict(d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=1,
                                                        vocab_size=99)), 7),
@@ -18,8 +18,8 @@ UNET = replace(SD2, name="tiny UNet", texts=TEXT, vae=VAE, denoiser=Network("dif
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, attention_head_dim=2,
     norm_num_groups=8)))
 TRANSFORMER = replace(FLUX, name="tiny FLUX", texts=TEXT, vae=VAE, denoiser=Network("diffusers",
-    "FluxTransformer2DModel", dict(guidance_embeds=True, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-         joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))))
+    "FluxTransformer2DModel", dict(guidance_embeds=True, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6))))
 BOTH = pytest.mark.parametrize("architecture", [UNET, TRANSFORMER], ids=lambda a: a.name)
 WAYS = [None, Training(rank=4), Training(rank=4, checkpointing=True),
         Training(None, checkpointing=True, eight_bit=True)]
@@ -110,3 +110,17 @@ def test_bad_input(bad, words):
 def test_no_way():
     with pytest.raises(ValueError, match="at least one way"): largest(UNET, 64, GB, [])
     with pytest.raises(ValueError, match="frozen must"): Training(frozen=-1)
+
+
+def test_tally_counts_what_is_made_inside_and_lives():
+    given = torch.zeros(1000)
+    with Tally() as made:
+        view = given.view(10, 100)
+        view.add_(1) # neither a view nor what is written in place is new
+        kept = view.t()
+        assert made.now == 0
+        for _ in range(3): kept = given*2 # the last one dies when the next is there
+        kept = kept[:10]
+    assert (made.now, made.peak, made.flops) == (4000, 8000, 0) and kept.shape == (10,)
+    del kept
+    assert made.now == 0

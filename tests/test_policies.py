@@ -1,4 +1,6 @@
 "Adapters as PEFT itself reads them, and the shipped base"
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,8 +9,9 @@ from safetensors import safe_open
 from srnb.core import check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
-from srnb.paths import Flow, VPEps, VPV, sample_ab2, sample_ddim
-from srnb.policies import Policy, from_pretrained, load_adapter, save_adapter, save_pretrained
+from srnb.paths import Flow, Shift, VPEps, VPV, sample_ab2, sample_ddim
+from srnb.policies import (PixelCodec, Policy, ResidualCodec, from_pretrained, load_adapter, save_adapter,
+                           save_pretrained)
 
 
 def toy():
@@ -26,8 +29,10 @@ def test_peft_reads_the_adapter(tmp_path):
     x, sigma, lq = torch.randn(2, 3, 32, 32, generator=g), torch.tensor([.2, .9]), torch.rand(2, 3, 8, 8, generator=g)
     theirs = PeftModel.from_pretrained(toy(), tmp_path/"a")
     with torch.no_grad():
-        check_close(theirs(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
-        check_close(load_adapter(Policy(toy()), tmp_path/"a").predict(x, sigma, lq), policy.predict(x, sigma, lq), atol=1e-6)
+        again = load_adapter(Policy(toy()), tmp_path/"a")
+        wanted = policy.predict(x, sigma, lq)
+        check_close(theirs(x, sigma, lq), wanted, atol=1e-6)
+        check_close(again.predict(x, sigma, lq), wanted, atol=1e-6)
 
 
 def test_adapter_does_not_depend_on_the_global_seed():
@@ -42,9 +47,41 @@ def test_adapter_does_not_depend_on_the_global_seed():
 def test_an_answer_of_another_shape_is_refused(path):
     class One(torch.nn.Conv2d):
         def forward(self, x, sigma, lq): return super().forward(x)
-    x = torch.randn(2, 3, 16, 16, generator=generator(0))
-    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"): Policy(One(3, 1, 1), path).predict(x, torch.full((2,), .5), None)
-    assert Policy(One(3, 3, 1), path).predict(x, torch.full((2,), .5), None).shape == x.shape
+    x, sigma = torch.randn(2, 3, 16, 16, generator=generator(0)), torch.full((2,), .5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\) with \(2, 1, 16, 16\)"):
+        Policy(One(3, 1, 1), path).predict(x, sigma, None)
+    assert Policy(One(3, 3, 1), path).predict(x, sigma, None).shape == x.shape
+
+
+class Mine(SmallUNet): pass
+
+
+def test_own_network(tmp_path):
+    "A policy with a network of the reader's own comes back when the class is passed, on any path"
+    net = Mine(UNetConfig((16, 16), (1, 1), 16))
+    save_pretrained(Policy(net, codec=ResidualCodec(.05)), tmp_path)
+    with pytest.raises(ValueError, match=f"is of '{__name__}:Mine', .*net=Mine"): from_pretrained(tmp_path)
+    again = from_pretrained(tmp_path, VPEps(), net=Mine)
+    assert type(again.net) is Mine and again.path == VPEps() and again.codec == ResidualCodec(.05)
+    for a, b in zip(again.net.parameters(), net.parameters(), strict=True): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="is of 'SmallUNet', not of net=Mine"): from_pretrained("small", net=Mine)
+
+
+@pytest.mark.parametrize("path, codec", [(VPV(), ResidualCodec()), (Shift(sigma_max=.5), PixelCodec()),
+                                         (Flow(), PixelCodec()), (Shift(), ResidualCodec())])
+def test_what_a_file_cannot_hold_is_not_written(path, codec, tmp_path):
+    with pytest.raises(ValueError, match="trained on Flow or Shift, got 'VPV'|holds Flow.*got (Flow|Shift)"):
+        save_pretrained(Policy(toy(), path, path, codec), tmp_path/"p")
+    assert not (tmp_path/"p").exists()
+
+
+@pytest.mark.parametrize("field, message", [(dict(trained_on="Flaw"), "on Flow or Shift, got 'Flaw'"),
+                                            (dict(sampler="dim"), "sampled with 'dim', none of ddim")])
+def test_misspelt_policy_file(field, message, tmp_path):
+    save_pretrained(Policy(toy()), tmp_path)
+    file = tmp_path/"policy.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | field))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"): from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["small", "first"])
@@ -53,7 +90,8 @@ def test_shipped_base(name, tmp_path):
     policy = from_pretrained(name)
     folder = save_net(policy.net, tmp_path, torch.bfloat16)
     assert (folder/"model.safetensors").stat().st_size < 9e6
-    with safe_open(folder/"model.safetensors", "pt") as f: assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
+    with safe_open(folder/"model.safetensors", "pt") as f:
+        assert all(f.get_slice(k).get_dtype() == "BF16" for k in f.keys())
     with torch.no_grad():
         for a, b in zip(load_net(folder).parameters(), policy.net.parameters(), strict=True): check_close(a, b)
     photo = embedded_photos("held_out")[0].read()[None, :, :48, :80]
@@ -85,7 +123,7 @@ def test_a_policy_keeps_its_sampler(tmp_path):
 @pytest.mark.parametrize("name", ["small", "first"])
 def test_shipped_base_has_not_seen_the_embedded_photographs(name):
     from srnb.policies import policy_folder
-    from srnb.training import check_unseen
+    from srnb.runs import check_unseen
     assert len((policy_folder(name)/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
     check_unseen(policy_folder(name), embedded_photos())
 
@@ -97,14 +135,15 @@ def test_a_bases_record_is_of_its_weights(name):
     from srnb.curation import fingerprint, group_seeds
     from srnb.data import make_pair
     from srnb.degrade import RESSHIFT_TEST
-    from srnb.rewards import score_group
-    from srnb.training import METRICS
+    from srnb.rewards import PSNR_Y, score_group
     config, metrics = read_run(project_root()/f"nbs/_records/base_{name}")
     p, policy = config["params"], from_pretrained(name)
-    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"] and policy.sampler.__name__ == p["sampler"]
+    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"]
+    assert policy.sampler.__name__ == p["sampler"]
     photo = next(o for o in embedded_photos("held_out") if o.id == p["ids"][0])
     lq, gt = make_pair(photo, p["size"], RESSHIFT_TEST)
     rows = metrics[(metrics.metric == "psnr_y") & (metrics.image == photo.id)].set_index(["variant", "seed"]).value
     sr = policy.sample(lq[None], group_seeds(photo.id, 2, p["seed"]), steps=p["steps"])[0]
-    again = score_group([METRICS["psnr_y"]], sr, gt)["psnr_y"]
-    assert abs(again-torch.tensor([rows["sample", 0], rows["sample", 1]])).max() < .02 # the record's arithmetic is bfloat16
+    again = score_group([PSNR_Y], sr, gt)["psnr_y"]
+    recorded = torch.tensor([rows["sample", 0], rows["sample", 1]])
+    assert abs(again-recorded).max() < .02 # the record's arithmetic is bfloat16

@@ -142,7 +142,8 @@ def tiny_policy(seed=0):
 
 def case(G=2, N=2, seed=0):
     g, flow = torch.Generator().manual_seed(seed), Flow()
-    z, eps = torch.randn(2, G*2*N, 3, 16, 16, generator=g); lq = torch.rand(G*2*N, 3, 4, 4, generator=g)
+    z, eps = torch.randn(2, G*2*N, 3, 16, 16, generator=g)
+    lq = torch.rand(G*2*N, 3, 4, 4, generator=g)
     sigma = torch.rand(G, generator=g).repeat_interleave(2*N)
     return flow.state(z, eps, sigma), sigma, flow.target(z, eps, sigma), lq
 
@@ -232,8 +233,8 @@ def test_safeguard_holds_to_first_order():
 def test_wrong_safeguards_fail(wrong): assert (winner_rises(wrong) > 1e-3).any()
 
 def test_safeguard_is_the_largest_allowed():
-    A, B = rand(2, 300, 2, 4); B = 4*B
-    for a, b in zip(A, B, strict=True):
+    A, B = rand(2, 300, 2, 4)
+    for a, b in zip(A, 4*B, strict=True):
         lam = safeguard_scale(list(a), list(b))
         if lam < 1: assert (a*(a+1.01*lam*b)).sum() < 0
 
@@ -246,7 +247,10 @@ def test_safeguard_by_hand(a, b, expected):
 @pytest.mark.parametrize("safe", [False, True])
 def test_winner_after_one_step(safe):
     "Winner and loser alike, the loser worse: plain DPO raises the winner's error, the safeguarded step does not"
-    X = rand(4, 8, 6); X = X[:1]+.2*X; y = X @ rand(6, seed=3); y[2:] *= 2.5
+    X = rand(4, 8, 6)
+    X = X[:1]+.2*X
+    y = X @ rand(6, seed=3)
+    y[2:] *= 2.5
     theta = torch.zeros(6, dtype=torch.float64, requires_grad=True)
     def gaps(t): return energy_gap((X @ t-y).reshape(4, 1, 1, 8), -y.reshape(4, 1, 1, 8)).reshape(1, 2, 2).unbind(1)
     gap_w, gap_l = gaps(theta)
@@ -264,7 +268,8 @@ def two_energies(p, r): return l2_energy(p)-l2_energy(r)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("gap,bound", [(energy_gap, 2e-3), (two_energies, 2e-2)])
 def test_precision_of_the_margin(gap, bound, autocast):
-    ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32); now = ref+1e-3*d
+    ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32)
+    now = ref+1e-3*d
     true = pair_margin(*energy_gap(now.double()-target, ref.double()-target).chunk(2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         margin = pair_margin(*gap(now-target, ref-target).chunk(2))
@@ -273,7 +278,8 @@ def test_precision_of_the_margin(gap, bound, autocast):
     assert ((margin-true).square().mean()/true.square().mean()).sqrt() < bound
 
 def test_a_lowered_energy_misses_the_bound():
-    ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32); now = ref+1e-3*d
+    ref, target, d = rand(3, 128, 16, 16, 16, dtype=torch.float32)
+    now = ref+1e-3*d
     true = pair_margin(*energy_gap(now.double()-target, ref.double()-target).chunk(2))
     with torch.autocast("cpu", torch.bfloat16):
         flat = [o.flatten(1) for o in (now-target, ref-target)]
@@ -300,7 +306,8 @@ def test_shapes_are_refused():
         group_loss(torch.ones(1, 3), torch.ones(1, 3), 1., torch.ones(3, 3))
     with pytest.raises(ValueError, match="residuals of 8"):
         diagnostics(o, o, torch.ones(1, 4), torch.ones(1, 4), 1., l2_energy)
-    x = torch.ones(2, requires_grad=True); gap = (2*x).reshape(1, 2)
+    x = torch.ones(2, requires_grad=True)
+    gap = (2*x).reshape(1, 2)
     with pytest.raises(ValueError, match="very tensors"):
         group_gradients(group_loss(gap, gap, 1.).sum(), gap[:, :1], gap[:, 1:], [x])
 

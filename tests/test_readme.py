@@ -1,6 +1,7 @@
 """The commands of README.md, extracted and run as they stand. What they name for the reader (a photograph, a folder, a
-checkpoint) is put there first; notebooks see IN_TEST, which makes them small; of make, only the plan is asked for, since
-`make test` is what runs this."""
+checkpoint) is put there first; notebooks see IN_TEST, which makes them small; of make, only the plan is asked for,
+since `make test` is what runs this."""
+import ast
 import json
 import re
 import shlex
@@ -18,7 +19,8 @@ def commands(text:str)->list[str]:
     "Lines of the bash blocks, continued lines joined, comments left out"
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M|re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(re.sub(r"(^|\s)#.*", "", o).split()) for o in lines if o.strip() and not o.lstrip().startswith("#")]
+    lines = [re.sub(r"(^|\s)#.*", "", o).split() for o in lines]
+    return [" ".join(o) for o in lines if o]
 
 
 FOUND = commands(README.read_text())
@@ -53,16 +55,17 @@ def here(command:str)->str:
     return command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
 
-def run(command:str, cwd:Path, env:dict, seconds:int=280)->None:
-    done = subprocess.run(["bash", "-c", here(command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+def run(command:str, cwd:Path, env:dict)->None:
+    done = subprocess.run(["bash", "-c", here(command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 def test_every_kind_is_run_here():
     "A command that README gains must be run below"
-    kinds = [re.search(r"\bmake\b|papermill|srnb upscale|echo|accelerate launch", o) for o in FOUND]
+    known = "make", "papermill", "srnb upscale", "srnb train", "echo", "accelerate launch"
+    kinds = [re.search("|".join(rf"\b{o}\b" for o in known), o) for o in FOUND]
     assert FOUND and all(kinds), [o for o, k in zip(FOUND, kinds, strict=True) if not k]
-    assert {"make", "papermill", "srnb upscale", "echo", "accelerate launch"} == {k[0] for k in kinds}
+    assert {*known} == {k[0] for k in kinds}
 
 
 @pytest.mark.parametrize("command", [o for o in FOUND if o.startswith("make ")])
@@ -70,13 +73,31 @@ def test_make(command, root, clean_env):
     run(command.replace("make ", "make --dry-run "), root, clean_env)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("command", [o for o in FOUND if "papermill" in o])
+PAPERMILL = [o for o in FOUND if "papermill" in o]
+
+
+@pytest.mark.parametrize("command", PAPERMILL)
+def test_parameters(command, root):
+    "Papermill takes any name: those of README are in the notebook's cell of parameters"
+    words = shlex.split(command)
+    cells = json.loads((root/words[1]).read_text())["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    names = {t.id for o in ast.parse(source).body if isinstance(o, ast.Assign) for t in o.targets}
+    options = {name for flag, value in zip(words, words[1:], strict=False) for name in [value.partition(":")[0]]
+               if flag in ("-p", "-y")}
+    assert options and options <= names
+
+
+@pytest.mark.slow # nbdev's way of running them is in test_notebooks.py
+@pytest.mark.parametrize("command", PAPERMILL)
 def test_papermill(command, root, tmp_path, places, clean_env):
     env, small = dict(clean_env, IN_TEST="1"), ""
-    if "-p backbone sd2" in command: small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p steps 2"
-    if "compare_upscalers" in command: small, env = f" -p size 64 -p take 1 -p out_dir {tmp_path}/compare", clean_env # which in a test leaves the checkpoint out
-    for name in ("path/to/folder", "path/to/checkpoint.pth", "path/to/controlnet"): command = command.replace(name, places[name])
+    if "-p backbone sd2" in command:
+        small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p sample_steps 2"
+    if "compare_upscalers" in command: # which in a test leaves the checkpoint out
+        small, env = f" -p size 64 -p take 1 -p out {tmp_path}/compare", clean_env
+    for name in ("path/to/folder", "path/to/checkpoint.pth", "path/to/controlnet"):
+        command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
     assert list(tmp_path.glob("*.ipynb"))
 
@@ -92,20 +113,50 @@ def test_upscale(command, tmp_path, clean_env):
     assert len(made) == 3 and made["photo"] == (80, 64) and set(made.values()) == {(80, 64), (96, 80)}
 
 
-@pytest.mark.timeout(300)
-def test_launch(root, tmp_path, places, tiny, clean_env):
-    "The config is written as README writes it, then made small, and launched on one CPU process instead of eight GPUs"
+LESS = dict(size=64, patch=32, m=4, n=1, steps=1, parts=1, sample_steps=2, eval_m=2, take=2, places=1, precision="no")
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb train" in o and "--help" not in o])
+def test_train(command, tmp_path, places, tiny, forked):
+    "The run of the command line, made small"
+    from srnb.config import fill
+    from srnb.train import run_of, train
+    words = shlex.split(command.replace("path/to/folder", places["path/to/folder"]))[2:]
+    out = train(fill(run_of(words), LESS | dict(out=str(tmp_path/"run"), backbone=str(tiny))))
+    assert (out/"metrics.parquet").exists()
+    done = forked("-c", "from srnb.command import main; raise SystemExit(main())", "train", out/"config.json",
+                  "--out", out) # the same run by the command: it is done
+    assert done.wait() == 0 and "is done" in done.out, done.err
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb train" in o and "--help" in o])
+def test_help(command, forked):
+    done = forked("-c", "from srnb.command import main; raise SystemExit(main())", *shlex.split(command)[1:])
+    assert done.wait() == 0 and "--loop.steps" in done.out, done.err
+
+
+@pytest.fixture
+def launch(root, tmp_path, places, tiny, clean_env)->list[str]:
+    "The words of the launch; its config is written as README writes it, then made small"
     echo, launch = ([o for o in FOUND if w in o] for w in ("echo", "accelerate launch"))
     assert len(echo) == len(launch) == 1
     run(echo[0], tmp_path, clean_env)
     config = json.loads((tmp_path/"config.json").read_text())
-    less = dict(out_dir=str(tmp_path/"run"), backbone=str(tiny), photos=[places["path/to/folder"]], size=64, patch=32, m=4, n=1, steps=2, eval_m=2, take=2,
-                places=1, precision="no")
-    config = config | {k: v for k, v in less.items()} | {"loop": config["loop"] | {"steps": 1, "parts": 1}}
-    (tmp_path/"config.json").write_text(json.dumps(config))
-    words = shlex.split(launch[0])
-    at = words.index("launch")+1
-    words[at:at] = ["--cpu", "--num_processes", "1"]
-    words = [str(root/o) if o.endswith(".yaml") else o for o in words]
-    run(shlex.join(words), tmp_path, clean_env)
+    less = dict(LESS, out=str(tmp_path/"run"), backbone=str(tiny), photos=[places["path/to/folder"]])
+    (tmp_path/"config.json").write_text(json.dumps(config | less))
+    return [str(root/o) if o.endswith(".yaml") else o for o in shlex.split(launch[0])]
+
+
+def test_config(launch, tmp_path, forked):
+    "What is launched, without the launcher"
+    done = forked(*launch[launch.index("-m"):], cwd=tmp_path)
+    assert done.wait() == 0 and (tmp_path/"run/metrics.parquet").exists(), done.err
+
+
+@pytest.mark.slow
+def test_launch(launch, tmp_path, clean_env):
+    "On one CPU process instead of eight GPUs"
+    at = launch.index("launch")+1
+    launch[at:at] = ["--cpu", "--num_processes", "1"]
+    run(shlex.join(launch), tmp_path, clean_env)
     assert (tmp_path/"run/metrics.parquet").exists()

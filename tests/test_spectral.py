@@ -174,6 +174,20 @@ def test_gap():
     close(energy_gap(x, ref, SobolevEnergy(0)), energy_gap(x, ref))
     close(energy_gap(x, ref, l2_energy), energy_gap(x, ref))
 
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (5, 3, 7, 9), (2, 16, 33, 40)])
+@pytest.mark.parametrize("options", [{}, dict(frequency="radian"), dict(unit_mean=False)], ids=str)
+def test_order_zero_is_the_mean_square(size, options):
+    "To the bit, value and gradient, in both precisions, alone and as a gap: 0 may stand for Diffusion-DPO's energy"
+    for dtype in (torch.float32, torch.float64):
+        x, ref = (3e3*rand(*size, seed=k, dtype=dtype) for k in (0, 1))
+        x.requires_grad_()
+        zero = SobolevEnergy(0., **options)
+        by_hand = ((x-ref)*(x+ref)).sum((1, 2, 3))/x[0].numel()
+        for a, b in ((zero(x), l2_energy(x)), (zero.gap(x, ref), by_hand), (zero.gap(x, ref), energy_gap(x, ref)),
+                     (energy_gap(x, ref, zero), energy_gap(x, ref, l2_energy))):
+            assert torch.equal(a, b) and a.dtype == b.dtype == dtype
+            assert torch.equal(*(torch.autograd.grad(o.sum(), x, retain_graph=True)[0] for o in (a, b)))
+
 def test_autocast_and_half_precision():
     x, ref = rand(2, 4, 3, 16, 16, dtype=torch.float32)
     energy = SobolevEnergy()

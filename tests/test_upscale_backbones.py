@@ -9,13 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from srnb import upscale as U
+from srnb import tiles
 from srnb.backbones import Backbone, BackboneOptions, Cond, LatentCodec, load_backbone, write_tiny, write_tiny_control
+from srnb.command import main
 from srnb.core import bicubic, generator
 from srnb.data import embedded_photos
+from srnb.images import adain_fix, load_model, upscale
 from srnb.paths import SAMPLERS, Flow, sample_ab2, sample_ddim, sample_ddpm
-from srnb.policies import from_pretrained, save_adapter
-from srnb.upscale import adain_fix, main, noise_for, noise_window, solve_blended, solve_tiles, upscale
+from srnb.plan import Tally
+from srnb.policies import from_pretrained, save_adapter, text_ids
+from srnb.tiles import noise_for, noise_window, on_latents, solve_blended, solve_tiles
 
 KINDS = ("sd", "sdxl", "flux")
 
@@ -24,7 +27,9 @@ KINDS = ("sd", "sdxl", "flux")
 def folders(tmp_path_factory): # kind -> (pipeline, control branch)
     import diffusers.utils.logging
     import transformers.utils.logging
-    for quiet in (diffusers.utils.logging, transformers.utils.logging): quiet.disable_progress_bar(), quiet.set_verbosity_error()
+    for quiet in (diffusers.utils.logging, transformers.utils.logging):
+        quiet.disable_progress_bar()
+        quiet.set_verbosity_error()
     top = tmp_path_factory.mktemp("backbones")
     return {k: (p := write_tiny(k, top/k), write_tiny_control(load_backbone(p), top/f"control_{k}")) for k in KINDS}
 
@@ -33,7 +38,9 @@ def folders(tmp_path_factory): # kind -> (pipeline, control branch)
 def load(folders):
     known = {}
     def get(kind):
-        if kind not in known: known[kind] = load_backbone(folders[kind][0], BackboneOptions(control=str(folders[kind][1])), prompts=["a cat"])
+        if kind not in known:
+            base, control = folders[kind]
+            known[kind] = load_backbone(base, BackboneOptions(control=str(control)), prompts=["a cat"])
         return known[kind]
     return get
 
@@ -41,23 +48,24 @@ def load(folders):
 @pytest.fixture
 def box(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray((255*np.random.default_rng(0).random((9, 13, 3))).astype(np.uint8)).resize((26, 18), Image.Resampling.BICUBIC).save("a.png")
+    small = (255*np.random.default_rng(0).random((9, 13, 3))).astype(np.uint8)
+    Image.fromarray(small).resize((26, 18), Image.Resampling.BICUBIC).save("a.png")
     return tmp_path
 
 
+def pixels(name): return torch.from_numpy(np.asarray(Image.open(name)).copy()).permute(2, 0, 1)/255
 def photo(*size): return bicubic(embedded_photos("held_out")[0].read()[None], size)
 def whole(policy, lq, steps, seed=0, sampler=None, prompt=""): # untiled; sides must fit
     noise, draw = noise_for(policy, lq, seed)
-    cond = policy.encode(lq, U.text_ids([prompt]))
+    cond = policy.encode(lq, text_ids([prompt]))
     return policy.solve(lq, noise, steps, sampler, draw, cond).mul(255).round().byte()
 
 
 # The field of noise
 
 def test_field_of_pixels_is_what_it_was(): # numbers written down before channels were an argument
-    assert noise_window(7, 60, 61, 2, 4)[0, 1].flatten().tolist() == pytest.approx([-1.2536378, -.4298838, -.4293378, 1.2449348, 1.4309988, -.7068231, .6789657, -1.4192537], abs=1e-6)
-
-
+    want = [-1.2536378, -.4298838, -.4293378, 1.2449348, 1.4309988, -.7068231, .6789657, -1.4192537]
+    assert noise_window(7, 60, 61, 2, 4)[0, 1].flatten().tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_fields_of_latents(load):
@@ -81,7 +89,8 @@ def test_one_window_is_the_whole(load, kind, size):
     p, lq = load(kind), photo(*size)
     for sampler in (sample_ddim, sample_ab2, sample_ddpm):
         want = whole(p, lq, 2, 5, sampler, "a cat")
-        for solve in (solve_blended, solve_tiles): assert torch.equal(solve(p, lq, 5, 64, steps=2, sampler=sampler, prompt="a cat"), want)
+        for solve in (solve_blended, solve_tiles):
+            assert torch.equal(solve(p, lq, 5, 64, steps=2, sampler=sampler, prompt="a cat"), want)
     assert not torch.equal(solve_blended(p, lq, 5, 64, steps=2), want)
 
 
@@ -97,11 +106,14 @@ def test_one_window_is_the_whole_for_small_policies():
 def test_a_step_by_hand(load, kind): # two windows of 16, 8 shared; every crop written out
     p, lq = load(kind), photo(16, 24)
     noise, _ = noise_for(p, lq, 0)
-    cond = p.encode(lq, U.text_ids(["a cat"]))
+    cond = p.encode(lq, text_ids(["a cat"]))
     k = 4 if kind != "flux" else .5
     assert cond.control.shape[-2:] == (16*k, 24*k)
     sigma = p.path_of(lq[..., :16]).sigma_grid(1)[:1]
-    left, right = (p.guided(noise[..., a:b], sigma, Cond(cond.control[..., int(2*k*a):int(2*k*b)], cond.text, cond.pooled)) for a, b in ((0, 8), (4, 12)))
+    def predicted(a, b):
+        seen = Cond(cond.control[..., int(2*k*a):int(2*k*b)], cond.text, cond.pooled)
+        return p.guided(noise[..., a:b], sigma, seen)
+    left, right = predicted(0, 8), predicted(4, 12)
     ramp = torch.tensor([0., .25, .75, 1.]) # 1 latent thrown away, then half a step into each of the two between
     both = left[..., 4:]*(1-ramp_of(4, 1)) + right[..., :4]*ramp_of(4, 1)
     assert torch.equal(ramp, ramp_of(4, 1))
@@ -124,9 +136,10 @@ def at_borders(sr, where): # difference of neighbouring columns at windows' bord
 def test_the_blend_is_continuous(load, kind): # random weights: it says no more
     p, lq, got = load(kind), photo(16, 96), {}
     for overlap in (0, 16):
-        t, at = U.layout(p, (16, 96), 40, overlap)[1]
+        t, at = tiles.layout(p, (16, 96), 40, overlap)[1]
         assert len(at) > 2
-        got[overlap] = at_borders(solve_blended(p, lq, 0, 40, overlap, 3), sorted({4*o for o in (*at[1:], *(a+t for a in at[:-1]))}))
+        where = sorted({4*o for o in (*at[1:], *(a+t for a in at[:-1]))})
+        got[overlap] = at_borders(solve_blended(p, lq, 0, 40, overlap, 3), where)
     print(kind, got)
     assert got[16] < 1.25
 
@@ -157,9 +170,12 @@ class Sees(Backbone):
     stride, device = 16, torch.device("cpu")
 
     def __init__(self):
-        self.net, self.path, self.trained_on, self.codec, self.sampler = torch.nn.Identity(), Flow(), Flow(), LatentCodec(Pool()), sample_ddim
+        self.net, self.codec, self.sampler = torch.nn.Identity(), LatentCodec(Pool()), sample_ddim
+        self.path, self.trained_on = Flow(), Flow()
 
-    def encode(self, lq, text=None): return Cond(self.codec.latents(self.codec.upsample(lq)), torch.zeros(len(lq), 1, 1))
+    def encode(self, lq, text=None):
+        return Cond(self.codec.latents(self.codec.upsample(lq)), torch.zeros(len(lq), 1, 1))
+
     def guided(self, x, sigma, cond): return (x-cond.control)/sigma.view(-1, 1, 1, 1)
 
 
@@ -183,7 +199,7 @@ def test_nothing_is_squeezed(size, tile):
 def test_odd_sizes(load, kind, size):
     p, lq = load(kind), photo(*size)
     assert solve_blended(p, lq, steps=1).shape == (1, 3, 4*size[0], 4*size[1])
-    assert torch.equal(solve_blended(p, lq, steps=2), whole(p, U.mirror(lq, 4), 2)[..., :4*size[0], :4*size[1]])
+    assert torch.equal(solve_blended(p, lq, steps=2), whole(p, tiles.mirror(lq, 4), 2)[..., :4*size[0], :4*size[1]])
 
 
 def test_noise_levels_of_flux_are_those_of_a_window(load, monkeypatch):
@@ -198,7 +214,7 @@ def test_noise_levels_of_flux_are_those_of_a_window(load, monkeypatch):
 
 def test_defaults(load, monkeypatch):
     assert [load(k).sampler for k in KINDS] == [sample_ddpm, sample_ddpm, sample_ddim]
-    assert from_pretrained("small").sampler is sample_ab2 and not U.on_latents(from_pretrained("small"))
+    assert from_pretrained("small").sampler is sample_ab2 and not on_latents(from_pretrained("small"))
     p, x = load("sd"), photo(8, 12)
     noise, draw = noise_for(p, x, 9)
     want = p.solve(x, noise, 3, sample_ddpm, draw)
@@ -214,36 +230,39 @@ def test_defaults(load, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plan(load, kind, monkeypatch):
     p = load(kind)
-    per_solve, per_decode = U.bytes_per_pixel(p), U.bytes_per_pixel(p, U.run_decoder)
-    for run, per in ((U.run_whole, per_solve), (U.run_decoder, per_decode)):
+    per_solve, per_decode = tiles.bytes_per_pixel(p), tiles.bytes_per_pixel(p, tiles.run_decoder)
+    for run, per in ((tiles.run_whole, per_solve), (tiles.run_decoder, per_decode)):
         x = torch.zeros(1, 3, 80, 80)
         noise = torch.zeros(1, *p.codec.shape(x))
-        with U._Peak() as made: run(p, x, noise)
+        with Tally() as made: run(p, x, noise)
         assert .8 < made.peak/80**2/per < 1.25
-    monkeypatch.setattr(U, "free_memory", lambda: 10**13)
-    assert [U.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
-    assert U.plan_tiles(p, (1000, 1000)).tile == 128
-    small = U.plan_tiles(p, (1000, 1000)).bytes
+    monkeypatch.setattr(tiles, "free_memory", lambda: 10**13)
+    assert [tiles.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
+    assert tiles.plan_tiles(p, (1000, 1000)).tile == 128
+    small = tiles.plan_tiles(p, (1000, 1000)).bytes
     assert small > per_decode*10**6
     p.codec.vae.enable_tiling()
     try:
-        assert U.bytes_per_pixel(p) == per_solve and U.plan_tiles(p, (1000, 1000)).bytes < .5*small and p.codec.vae.use_tiling
+        assert tiles.bytes_per_pixel(p) == per_solve and tiles.plan_tiles(p, (1000, 1000)).bytes < .5*small
+        assert p.codec.vae.use_tiling
         x, said = photo(48, 48), []
         assert upscale(x, p, steps=1, tile=64, say=said.append).shape == (1, 3, 192, 192)
-        U._BYTES.pop(p)
-        assert U.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
+        tiles._BYTES.pop(p)
+        assert tiles.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
     finally: p.codec.vae.disable_tiling()
 
 
 # The command
 
 def test_a_policys_sampler(box):
-    small, x = from_pretrained("small"), torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
+    small, x = from_pretrained("small"), pixels("a.png")
     wants = {name: upscale(x, small, 3, steps=2, sampler=s) for name, s in SAMPLERS.items()}
     for name, more in [("ab2", []), *((o, ["--sampler", o]) for o in SAMPLERS)]:
-        assert main(["upscale", "a.png", "-o", "d.png", "--force", "--model", "small", "--dtype", "float32", "--steps", "2", "--seed", "3", *more]) == 0
-        assert torch.equal(torch.from_numpy(np.asarray(Image.open("d.png")).copy()).permute(2, 0, 1)/255, wants[name]), more
+        assert main(["upscale", "a.png", "-o", "d.png", "--force", "--model", "small", "--dtype", "float32",
+                     "--steps", "2", "--seed", "3", *more]) == 0
+        assert torch.equal(pixels("d.png"), wants[name]), more
     assert len({w.sum().item() for w in wants.values()}) == len(SAMPLERS)
+
 
 def test_seeds_prompt_and_steps(folders, box, capsys):
     folder, control = folders["sd"]
@@ -257,21 +276,23 @@ def test_seeds_prompt_and_steps(folders, box, capsys):
     assert Path("b.png").read_bytes() == Path("out/a_seed3.png").read_bytes() == Path("c_seed3.png").read_bytes()
     assert Path("c_seed5.png").exists() and not Path("c.png").exists()
     p = load_backbone(folder, BackboneOptions(control=str(control)), prompts=["a cat"])
-    x = torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
-    def pixels(name): return torch.from_numpy(np.asarray(Image.open(name)).copy()).permute(2, 0, 1)/255
+    x = pixels("a.png")
     assert torch.equal(pixels("b.png"), upscale(x, p, 3, steps=2, color_fix="adain"))
-    for more, want in ((["--color-fix", "none"], {}), *((["--sampler", name], dict(color_fix="adain", sampler=SAMPLERS[name])) for name in SAMPLERS),
-                       (["--prompt", "a cat"], dict(color_fix="adain", prompt="a cat")), (["--tile", "64"], dict(color_fix="adain"))):
+    cases = [(["--color-fix", "none"], {}), (["--prompt", "a cat"], dict(color_fix="adain", prompt="a cat")),
+             (["--tile", "64"], dict(color_fix="adain"))]
+    cases += [(["--sampler", name], dict(color_fix="adain", sampler=sampler)) for name, sampler in SAMPLERS.items()]
+    for more, want in cases:
         assert main([*base, "-o", "d.png", "--force", "--seed", "3", *more]) == 0
         assert torch.equal(pixels("d.png"), upscale(x, p, 3, steps=2, **want)), more
     q = load_backbone(folder, BackboneOptions(control=str(control), guidance=1.))
     assert main([*base, "-o", "e.png", "--seed", "3", "--guidance", "1"]) == 0
-    assert torch.equal(pixels("e.png"), upscale(x, q, 3, steps=2, color_fix="adain")) and not torch.equal(pixels("e.png"), pixels("b.png"))
+    assert torch.equal(pixels("e.png"), upscale(x, q, 3, steps=2, color_fix="adain"))
+    assert not torch.equal(pixels("e.png"), pixels("b.png"))
 
 
 def test_adapter(folders, box, tiny):
     for model in (folders["flux"][0], tiny):
-        p = U.load_model(model, "float32")
+        p = load_model(model, "float32")
         p.add_lora(2)
         with torch.no_grad():
             for n, w in p.net.named_parameters():
@@ -279,39 +300,52 @@ def test_adapter(folders, box, tiny):
         save_adapter(p, "adapter")
         base = ["upscale", "a.png", "--model", str(model), "--dtype", "float32", "--steps", "2", "--force"]
         assert main([*base, "-o", "a0.png"]) == 0 and main([*base, "-o", "a1.png", "--adapter", "adapter"]) == 0
-        x = torch.from_numpy(np.asarray(Image.open("a.png")).copy()).permute(2, 0, 1)/255
-        want = upscale(x, p, steps=2, color_fix="adain" if U.on_latents(p) else None)
-        got = np.asarray(Image.open("a1.png"))/np.float32(255)
-        assert np.array_equal(got, want.permute(1, 2, 0).numpy()) and Path("a0.png").read_bytes() != Path("a1.png").read_bytes()
+        want = upscale(pixels("a.png"), p, steps=2, color_fix="adain" if on_latents(p) else None)
+        assert torch.equal(pixels("a1.png"), want) and not torch.equal(pixels("a0.png"), want)
 
 
 def test_mistakes(folders, box, capsys, monkeypatch):
     sd, flux = str(folders["sd"][0]), str(folders["flux"][0])
     Path("empty").mkdir()
     Path("a.bin").write_bytes(b"x")
-    for argv, text in ((["--prompt", "a cat"], "--model onestep: it is no backbone"), (["--control", "."], "no backbone"), (["--guidance", "2"], "no backbone"),
-                       (["--tile-vae"], "no backbone"), (["--sampler", "ddpm"], "--sampler ddpm: onestep shifts residuals"), (["--sampler", "ab2"], "--sampler ab2: onestep shifts residuals"),
-                       (["--adapter", "none"], "--adapter none: no adapter_config.json"), (["--adapter", "empty", "--model", sd], "--adapter empty: no adapter_config.json"),
-                       (["--steps", "0"], "--steps must be at least 1"), (["--steps", "1000", "--model", sd], "--steps: steps must lie in [1, 999]"),
-                       (["--guidance", "nan", "--model", sd], "--guidance must be"), (["--guidance", "-1"], "--guidance must be"),
-                       (["--seed", "1,1"], "names a seed twice"), (["--seed", "1,x"], "whole numbers"), (["--seed", ""], "whole numbers"), (["--seed", "1,-1"], "must lie in"),
-                       (["--sampler", "euler"], "invalid choice"), (["--device", "nonsense"], "device nonsense cannot be used"),
-                       (["--control", "none", "--model", sd], "--control none: no such file or folder"), (["--control", "a.bin", "--model", sd], "pickled"),
-                       (["--control", str(folders["sdxl"][1]), "--model", sd], "is no control branch of this base"), (["--control", str(folders["sd"][1]), "--model", flux], "control branch"),
-                       (["--model", "empty"], "--model empty: no config.json in empty"), (["--model", "no/such/folder"], "--model no/such/folder: no config.json in no/such/folder")):
+    other, of_sd = str(folders["sdxl"][1]), str(folders["sd"][1]) # control branches
+    shifts = "onestep shifts residuals"
+    for argv, text in (
+            (["--prompt", "a cat"], "--model onestep: it is no backbone"), (["--control", "."], "no backbone"),
+            (["--guidance", "2"], "no backbone"), (["--tile-vae"], "no backbone"),
+            (["--sampler", "ddpm"], f"--sampler ddpm: {shifts}"), (["--sampler", "ab2"], f"--sampler ab2: {shifts}"),
+            (["--adapter", "none"], "--adapter none: no adapter_config.json"),
+            (["--adapter", "empty", "--model", sd], "--adapter empty: no adapter_config.json"),
+            (["--steps", "0"], "--steps must be at least 1"),
+            (["--steps", "1000", "--model", sd], "--steps: steps must lie in [1, 999]"),
+            (["--guidance", "nan", "--model", sd], "--guidance must be"), (["--guidance", "-1"], "--guidance must be"),
+            (["--seed", "1,1"], "names a seed twice"), (["--seed", "1,x"], "whole numbers"),
+            (["--seed", ""], "whole numbers"), (["--seed", "1,-1"], "must lie in"),
+            (["--sampler", "euler"], "invalid choice"), (["--device", "nonsense"], "device nonsense cannot be used"),
+            (["--control", "none", "--model", sd], "--control none: no such file or folder"),
+            (["--control", "a.bin", "--model", sd], "pickled"),
+            (["--control", other, "--model", sd], "is no control branch of this base"),
+            (["--control", of_sd, "--model", flux], "control branch"),
+            (["--model", "empty"], "--model empty: no config.json in empty"),
+            (["--model", "no/such/folder"], "--model no/such/folder: no config.json in no/such/folder")):
         assert main(["upscale", "a.png", "-o", "out", *argv]) == 2, argv
         said = capsys.readouterr().err
         assert text in said and "Traceback" not in said and "BackboneError" not in said, (argv, said)
         assert said.startswith("usage") or said.count("\n") == 1, said
     assert not Path("out").exists()
     os.rename(folders["sd"][0]/"vae", folders["sd"][0]/"vae_")
-    try: assert main(["upscale", "a.png", "-o", "out", "--model", sd]) == 2 and "vae is missing or damaged" in capsys.readouterr().err
+    try:
+        assert main(["upscale", "a.png", "-o", "out", "--model", sd]) == 2
+        assert "vae is missing or damaged" in capsys.readouterr().err
     finally: os.rename(folders["sd"][0]/"vae_", folders["sd"][0]/"vae")
 
 
 def test_load_model(folders, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert isinstance(U.load_model(folders["sd"][0], "float32"), Backbone) and not isinstance(U.load_model("small"), Backbone)
-    assert U.load_model(folders["sd"][0], torch.bfloat16).dtype == torch.bfloat16
-    p = U.load_model(folders["sd"][0], "float32", options=replace(BackboneOptions(), guidance=2., tile_vae=True), prompts=["a cat"])
-    assert p.guidance == 2 and p.codec.vae.use_tiling and p.encode(torch.zeros(1, 3, 8, 8), U.text_ids(["a cat"])).text.shape[0] == 1
+    sd = folders["sd"][0]
+    assert isinstance(load_model(sd, "float32"), Backbone) and not isinstance(load_model("small"), Backbone)
+    assert load_model(sd, torch.bfloat16).dtype == torch.bfloat16
+    options = replace(BackboneOptions(), guidance=2., tile_vae=True)
+    p = load_model(sd, "float32", options=options, prompts=["a cat"])
+    assert p.guidance == 2 and p.codec.vae.use_tiling
+    assert p.encode(torch.zeros(1, 3, 8, 8), text_ids(["a cat"])).text.shape[0] == 1
