@@ -60,7 +60,7 @@ def from_file(
     digest, module = _module_of(file, where, again)
     if not hasattr(module, attribute): raise ValueError(f"{where}: {file} has no {attribute!r}")
     found = getattr(module, attribute)
-    _own[id(found)] = found, name, digest
+    if callable(found) or is_dataclass(found): _own[id(found)] = found, name, digest # None is everybody's
     return found
 
 def constants(

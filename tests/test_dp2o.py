@@ -202,6 +202,6 @@ def test_defaults_are_the_validated_settings(root):
     "What the study ran, in its frozen file, is what the preset has by itself"
     ran = json.loads((root/"nbs"/"dp2o_study.json").read_text())["common"]
     run = presets()["dp2o"][1]
-    has = dict(kappa=run.method.link.kappa, m=run.judging.m, n=run.method.winners.n, groups=run.batch,
-               places=run.data.places, steps=run.base.sample_steps, eval_m=run.judging.eval_m)
+    has = dict(kappa=run.method.link.kappa, m=run.judging.m, n=run.method.winners.n, batch=run.batch,
+               places=run.data.places, sample_steps=run.base.sample_steps, eval_m=run.judging.eval_m)
     assert has == {name: ran[name] for name in has}

@@ -83,7 +83,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         loop = replace(LOOP, ema=.9)
         return CTMSRRun("", degradation=RESSHIFT_TEST, versions=1, max_side=160, patch=48, window=32, batch=1, size=96,
                         net=OneStepConfig((16, 16), (1, 1), tail=8), eval_m=1, judges=("psnr_y",), take=1, first=4,
-                        last=4, precision="no", loop=loop, match=Match(refresh=2, match_loop=loop))
+                        last=4, precision="no", loop=loop,
+                        match=Match(refresh=2, match_loop=replace(loop, keep_every=0)))
     made = dict(
         dp2o=lambda: dp2o,
         more=lambda: replace(dp2o, loop=replace(LOOP, parts=4, ema=.5)), # two micro-batches a process

@@ -199,12 +199,12 @@ class MyRun:
     steps:int = 2
     def longer(self): return MODES[0]
 @dataclass
-class Loop:
-    parts:int = 1
+class Data:
+    size:int = 1
 ''')
     add(tree, "index", f"x = '{'a'*120}'\ny = 1")
     assert shape.name_tables(tree) == ["core.NETS", "core.LOSERS", "core.BOTH"]
-    assert shape.run_fields(tree) == {"core.MyRun": 2, "core.Loop": 1}
+    assert shape.run_fields(tree) == {"core.MyRun": 2, "core.Data": 1}
     assert shape.run_fields(tree, []) == {"core.MyRun": 2}
     assert shape.long_lines(tree) == ["nbs/index.ipynb cell 1:1"]
     assert shape.tokens("def f(x):\n    # why\n    return x+1 # so\n\n") == 10
