@@ -65,6 +65,22 @@ def deadly(monkeypatch):
     return count, calls, die
 
 
+@pytest.fixture
+def drawn(monkeypatch)->list:
+    "Grows with every call of `Policy.sample`"
+    from srnb.policies import Policy
+    calls, sample = [], Policy.sample
+    monkeypatch.setattr(Policy, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    return calls
+
+
+@pytest.fixture
+def idle(monkeypatch)->None:
+    "Nothing may be sampled: what is refused is refused before any work"
+    from srnb.policies import Policy
+    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
+
+
 def clean(env)->dict:
     "An environment without what a test run sets; it imports the package that is tested, wherever a program works"
     import srnb

@@ -33,14 +33,6 @@ from srnb.training import Loop, latest_checkpoint
 FEW = Loop(steps=4, lr=1e-3, warmup=2, save_every=2, log_every=1)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    "A list that grows with every call of `Policy.sample`"
-    calls, sample = [], Policy.sample
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
-    return calls
-
-
 # ---------------------------------------------------------------- fixture 10, and pairs by hand
 
 @pytest.fixture(scope="module")
@@ -352,10 +344,9 @@ def test_config(dro, change, named):
     with pytest.raises(ValueError, match=named): fill(dro, change)
 
 
-def test_refused_before_any_work(whole, dro, tmp_path, monkeypatch):
+def test_refused_before_any_work(whole, dro, tmp_path, idle):
     """Another config's folder, a budget that pays for nothing, an adversary without noise: nothing is sampled, no
     folder is made"""
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
     with pytest.raises(RunOccupied, match="every"): align(fill(dro, dict(out=str(whole), every=1)))
     with pytest.raises(ValueError, match="budget of 9 "): align(fill(dro, dict(out=str(tmp_path/"a"), budget=9)))
     for n, losers in (("b", "Adversary"), ("c", "Riesz"), ("d", "Given")):

@@ -249,11 +249,10 @@ def test_uneven_parts(config, tmp_path, monkeypatch, loop):
     assert sorted(e.value.args[0]) == [1, 1, 3]
 
 
-def test_a_missing_package_is_found_before_any_work(config, tmp_path, monkeypatch):
+def test_a_missing_package_is_found_before_any_work(config, tmp_path, monkeypatch, idle):
     "Other models answer once before the folder is claimed"
     def gone(lq): raise ModuleNotFoundError("no spandrel")
     monkeypatch.setitem(BASELINES, "dat_light", gone)
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
     for losers in ("Given", "Adversary"):
         run = fill(config, dict(out=str(tmp_path/"x"), losers=losers, outputs=["dat_light", "base"]))
         with pytest.raises(ModuleNotFoundError, match="spandrel"): align(run)

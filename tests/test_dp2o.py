@@ -40,20 +40,6 @@ def whole(config, tmp_path_factory):
     return align(replace(config, out=str(tmp_path_factory.mktemp("runs")/"whole")))
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    "A list that grows with every call of `Policy.sample`"
-    calls, sample = [], Policy.sample
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
-    return calls
-
-
-@pytest.fixture
-def idle(monkeypatch):
-    "Nothing is sampled"
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
-
-
 # ---------------------------------------------------------------- the record
 
 def test_record(whole, config):
@@ -201,7 +187,6 @@ def test_checkpoint_of_another_shape(config, tiny, tmp_path):
 def test_defaults_are_the_validated_settings(root):
     "What the study ran, in its frozen file, is what the preset has by itself"
     ran = json.loads((root/"nbs"/"dp2o_study.json").read_text())["common"]
-    run = presets()["dp2o"][1]
-    has = dict(kappa=run.method.link.kappa, m=run.judging.m, n=run.method.winners.n, batch=run.batch,
-               places=run.data.places, sample_steps=run.base.sample_steps, eval_m=run.judging.eval_m)
-    assert has == {name: ran[name] for name in has}
+    preset = presets()["dp2o"][1]
+    names = "kappa", "m", "n", "batch", "places", "sample_steps", "eval_m"
+    assert fill(preset, {name: ran[name] for name in names}) == preset

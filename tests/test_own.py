@@ -30,12 +30,6 @@ def config(tiny):
                Judging("offline_nr", m=2, judges=("psnr_y",), eval_m=2), FEW, rank=2, batch=2, patch=32)
 
 
-@pytest.fixture
-def idle(monkeypatch):
-    "Nothing is sampled"
-    monkeypatch.setattr(Policy, "sample", lambda *a, **k: pytest.fail("sampled"))
-
-
 # ---------------------------------------------------------------- photographs
 
 def test_own_photographs(tmp_path):
