@@ -16,7 +16,6 @@ from srnb.curation import finished_groups, read_group
 from srnb.data import PatchPool, embedded_photos
 from srnb.degrade import RESSHIFT_TEST
 from srnb.onestep import BaseRun, CTMSRRun, Match, sft_loss, train_base, train_ctmsr
-from srnb.policies import Policy
 from srnb.runs import Base, Data, Judging, photo_sets, small_policy
 from srnb.training import Loop
 
