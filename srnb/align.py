@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'sample_steps', 'Work', 'Pictures', 'Photograph', 'Top', 'Expert',
            'Losers', 'Bottom', 'Samples', 'of_pairs', 'Made', 'Given', 'Adversary', 'Riesz', 'Own', 'Nobody', 'Start',
-           'Method', 'Run', 'cost', 'loop_of', 'objective', 'held_out_preference', 'pairs_digest', 'claim', 'align',
+           'Method', 'Run', 'cost', 'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'claim', 'align',
            'finish', 'judge']
 
 # %% ../nbs/42_align.ipynb #42-align-003
@@ -48,6 +48,7 @@ class Work:
     "A run at work: what its choices may ask for"
     def __init__(self, run, policy:Policy, crops:list, probes:list, device="cpu"):
         self.run, self.policy, self.crops, self.probes, self.device = run, policy, crops, probes, device
+        self.given = None # pairs of the reader's own
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.ids, self.steps = [i for i, _, _ in crops], sample_steps(run, policy)
         self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
@@ -177,7 +178,7 @@ class Bottom(Losers):
     samples:ClassVar = True
     whole:ClassVar = False
     def draw(self, work:Work)->Callable: # (step, part) -> Draw
-        if self.pairs: return of_pairs(self.pairs(), work.run, work.policy) # checked when the folder was claimed
+        if self.pairs: return of_pairs(work.given or self.pairs(), work.run, work.policy)
         top = work.run.method.winners
         pairs = pairs_of_bank(work.bank, work.ids, work.rewards(top.frozen), top.n, self.intra, self.inter)
         return of_pairs(pairs, work.run, work.policy)
@@ -200,8 +201,11 @@ def of_pairs(pairs:Pairs, run, policy:Policy)->Callable: # (step, part) -> Draw
 class Made(Losers):
     "A loser that a function makes from the winner's state"
     meets:ClassVar = (Photograph,)
+    def __init_subclass__(cls):
+        if cls.loser is Made.loser:
+            raise TypeError(f"{cls.__name__} makes losers and does not say how: write loser(self, work, held_out)")
     def loser(self, work:Work, held_out:bool=False)->Callable: # (policy, Winners) -> (n,C,H,W)
-        raise NotImplementedError
+        "Every kind has its own"
     def draw(self, work:Work)->Callable: # (step, part) -> Draw
         run, groups, loser = work.run, work.run.method.winners.groups(work), self.loser(work)
         def draw(step, part):
@@ -421,13 +425,13 @@ def held_out_preference(
             rows.append(dict(image=o.id, seed=0, metric=n, variant="after", value=v.mean().item()))
     return pd.DataFrame(rows)
 
-def pairs_digest(run:Run, policy:Policy)->dict: # for the record; nothing without pairs of the reader's own
-    "What pairs of the reader's own hold, checked against the policy"
+def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their digest, for the record
+    "Pairs of the reader's own, asked for once and checked against the policy"
     given = getattr(run.method.losers, "pairs", None)
-    if given is None: return {}
+    if given is None: return None, {}
     pairs, digest = check_pairs(given(), policy.codec.factor, run.patch, name_of(given) or given), hashlib.sha256()
     for o in (*pairs.lq, *pairs.winners, *pairs.losers, pairs.weight): digest.update(o.contiguous().numpy().tobytes())
-    return dict(pairs=digest.hexdigest())
+    return pairs, dict(pairs=digest.hexdigest())
 
 # %% ../nbs/42_align.ipynb #42-align-019
 def claim(run:Run, state)->Work|None: # None: it is done
@@ -442,9 +446,11 @@ def claim(run:Run, state)->Work|None: # None: it is done
                              f"{type(method.losers).__name__}, and no start")
         if run.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {run.patch}")
-        said = record_of(run, base=fingerprint(policy), **pairs_digest(run, policy))
+        given, digest = given_pairs(run, policy)
+        said = record_of(run, base=fingerprint(policy), **digest)
         if is_done(out, said): return None
-        work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone), state.device)
+        work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone, policy), state.device)
+        work.given = given
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
             BASELINES[n](work.crops[0][1][None, :, :16, :16])

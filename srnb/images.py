@@ -176,7 +176,6 @@ def wavelet_fix(
     if sr.shape != y.shape: raise ValueError(f"sr {tuple(sr.shape)} and y {tuple(y.shape)} must have the same shape")
     return sr + low_band(y-sr)
 
-#: What a command line may name; each (sr, y) -> sr
 def color_fix_of(
     name:str, # "adain", "wavelet" or "none"
 )->Callable|None: # (sr, y) -> sr

@@ -216,7 +216,7 @@ def train_base(
     policy.net = policy.net.cpu()
     if state.is_main_process:
         write_table(out/"log.parquet", log)
-        seen = {p.sha256 for p in photos} | (seen_by(run.init) if run.init else set())
+        seen = {p.sha256 for p in photos} | (seen_by(run.init, policy) if run.init else set())
         write_json(out/"policy"/"photos.json", sorted(seen)) # by this base, and by the one that it started from
         save_pretrained(policy, out/"policy")
     state.wait_for_everyone()
@@ -309,11 +309,12 @@ def train_ctmsr(
     refuse_fsdp()
     check_available(run.judges, (run.size, run.size))
     train, test = photo_sets(run.photos, run.held_out, run.take)
-    if run.init: check_unseen(run.init, test)
     def new():
         net = OneStepUNet(run.net).to(memory_format=torch.channels_last)
         return Policy(net, Shift(), Shift(), PixelCodec(), dtype_of(run.precision))
-    policy, seen = run.policy(new), sorted({p.sha256 for p in train} | (seen_by(run.init) if run.init else set()))
+    policy = run.policy(new)
+    if run.init: check_unseen(run.init, test, policy)
+    seen = sorted({p.sha256 for p in train} | (seen_by(run.init, policy) if run.init else set()))
     if not isinstance(policy.path, Shift):
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
     if run.size % policy.stride: raise ValueError(f"size must be a multiple of {policy.stride}, got {run.size}")

@@ -85,6 +85,7 @@ class Policy:
     ):
         self.net, self.path, self.trained_on, self.codec = net, path, trained_on, codec
         self.dtype, self.sampler = dtype, sampler
+        self.source = None # folder that it was read from, which may list what it has seen
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
@@ -373,7 +374,10 @@ def from_pretrained(
     if (sampler := meta.get("sampler", "ddim")) not in SAMPLERS:
         raise ValueError(f"{folder}: sampled with {sampler!r}, none of {', '.join(SAMPLERS)}")
     net = net.to(device, memory_format=torch.channels_last)
-    return Policy(net, path or trained_on, trained_on, codec(meta["scale"], net.config.scale), dtype, SAMPLERS[sampler])
+    codec = codec(meta["scale"], net.config.scale)
+    policy = Policy(net, path or trained_on, trained_on, codec, dtype, SAMPLERS[sampler])
+    policy.source = folder
+    return policy
 
 # %% ../nbs/11_policies.ipynb #11-policies-039
 def save_adapter(

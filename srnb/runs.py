@@ -87,32 +87,35 @@ def photo_sets(
     return (train[:take], test[:take]) if take else (train, test)
 
 def seen_by(
-    policy:str, # a name in SHIPPED, the folder of a policy, or a name of another kind
-)->set[str]:    # SHA-256 of photographs; empty if it does not say
+    name:str,                 # in SHIPPED, the folder of a policy, or a name of another kind
+    policy:Policy|None=None,  # that the name gave: it knows the folder that it was read from
+)->set[str]:                  # SHA-256 of photographs; empty if nothing says
     "What a base was trained on, as its folder tells"
-    file = policy_folder(policy)/"photos.json"
-    return set(json.loads(file.read_text())) if file.exists() else set()
+    files = [Path(o)/"photos.json" for o in (policy_folder(name), getattr(policy, "source", None)) if o is not None]
+    return {o for f in files if f.exists() for o in json.loads(f.read_text())}
 
 def check_unseen(
-    policy:str,  # as in `seen_by`
-    photos:list, # to report on
+    name:str,                # as in `seen_by`
+    photos:list,             # to report on
+    policy:Policy|None=None, # as in `seen_by`
 )->None:
     "Raise if a base was trained on a photograph that it shall be judged by"
-    seen = seen_by(policy)
+    seen = seen_by(name, policy)
     for p in photos:
         if p.sha256 in seen:
-            raise ValueError(f"{p.path} was in the training of {policy}; report on photographs that it has not seen")
+            raise ValueError(f"{p.path} was in the training of {name}; report on photographs that it has not seen")
 
 def inputs_of(
     data:Data,
     stride:int,   # of the network, pixels
-    policy:str,   # name of the base
+    name:str,     # of the base
+    policy:Policy|None=None, # as in `seen_by`
 )->tuple[list, list]: # crops and probes, (id, lq, gt) each
     "What a run looks at, checked against its network and against what its base has seen"
     train, test = photo_sets(data.photos, data.held_out, data.take)
     if data.size % stride:
         raise ValueError(f"size must be a multiple of the network's stride {stride}, got {data.size}")
-    check_unseen(policy, test)
+    check_unseen(name, test, policy)
     def pair(p, k=0): return make_pair(p, data.size, data.degradation, place=k)
     crops = [(f"{p.id}-{k}", *pair(p, k)) for p in train for k in range(data.places)]
     return crops, [(p.id, *pair(p)) for p in test]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import srnb.align
 import srnb.pairs
 import srnb.train
-from srnb.align import (Adversary, Bottom, Expert, Given, Method, Nobody, Own, Photograph, Riesz, Run, Samples, Top,
-                        align, cost)
+from srnb.align import (Adversary, Bottom, Expert, Given, Made, Method, Nobody, Own, Photograph, Riesz, Run, Samples,
+                        Top, align, cost)
 from srnb.config import fill, record
 from srnb.core import RunOccupied, generator, read_run, run_done
 from srnb.curation import Group, read_group
@@ -353,3 +353,8 @@ def test_refused_before_any_work(whole, dro, tmp_path, idle):
         change = dict(out=str(tmp_path/n), backbone="onestep", winners="Photograph", losers=losers)
         with pytest.raises(ValueError, match=f"one-step.*{losers}"): align(fill(dro, change))
     assert not any((tmp_path/n).exists() for n in "abcd")
+
+
+def test_a_made_loser_without_its_function_is_refused_when_it_is_written():
+    with pytest.raises(TypeError, match="Empty.*loser"):
+        class Empty(Made): "Makes nothing"

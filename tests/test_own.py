@@ -267,3 +267,35 @@ def test_given_pairs(config, people):
 def test_given_pairs_that_do_not_fit(config, people, idle, change, named):
     with pytest.raises(ValueError, match=named): align(fill(config, dict(change, out="x")))
     assert not Path("x").exists()
+
+
+def test_the_pairs_that_are_recorded_are_those_that_train(config, tmp_path):
+    "A function of pairs that answers anew every time is asked once: what it gave is hashed, and trained on"
+    from srnb.core import to_bytes
+    from srnb.pairs import Pairs
+    asked, g = [], generator(5)
+    def noisy(*shape): return to_bytes(torch.rand(shape, generator=g))
+    def anew():
+        asked.append(1)
+        return Pairs([noisy(3, 16, 16)], [noisy(1, 3, 64, 64)], [noisy(1, 3, 64, 64)], torch.ones(1, 1, 1))
+    run = fill(config, dict(out=str(tmp_path/"run"), losers=replace(config.method.losers, pairs=anew)))
+    align(run)
+    assert len(asked) == 1
+
+
+# ---------------------------------------------------------------- what a base of one's own has seen
+
+def test_a_base_that_a_file_reads_has_seen_what_its_folder_says(config, tiny, tmp_path, monkeypatch):
+    "The name of a file hides the folder; the policy that comes out of it does not"
+    import shutil
+
+    from srnb.core import write_json
+    shutil.copytree(tiny, tmp_path/"base")
+    write_json(tmp_path/"base"/"photos.json", [p.sha256 for p in embedded_photos("held_out")[:1]])
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("from srnb.policies import from_pretrained\ndef base(): return from_pretrained('base')\n")
+    with pytest.raises(ValueError, match="was in the training of"):
+        align(fill(config, dict(out="run", backbone="own.py:base")))
+    more = BaseRun("more", init="own.py:base", versions=1, max_side=112, patch=32, batch=1, precision="no", loop=FEW)
+    seen = set(json.loads((train_base(more)/"policy"/"photos.json").read_text()))
+    assert {p.sha256 for p in embedded_photos("held_out")[:1]} < seen and not Path("run").exists()
