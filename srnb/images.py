@@ -135,8 +135,13 @@ def bits_of(
         im.fp.seek(0)
         head = im.fp.read(2**20)
         im.fp.seek(at)
-    if im.format == "AVIF": said += [10 for o in re.findall(rb"av1C..(.)", head, re.S) if o[0] & 0x40] # high_bitdepth
-    if im.format == "JXL" and head: said.append(jxl_form(head)[0])
+    if im.format == "AVIF": # flags high_bitdepth and twelve_bit of each AV1 stream
+        flags = [o[0] for o in re.findall(rb"av1C..(.)", head, re.S)]
+        said += [12 if o & 0x20 else 10 for o in flags if o & 0x40]
+    if im.format == "JXL" and head:
+        bits, animated = jxl_form(head)
+        if animated: raise Refused("holds several pictures (an animation); extract one of them first")
+        said.append(bits)
     if im.format == "JPEG2000" and (size := re.search(rb"\xff\x4f\xff\x51.{36}(..)", head, re.S)):
         channels = int.from_bytes(size[1], "big")
         said += [1 + (o & 0x7f) for o in head[size.end():size.end()+3*channels:3]]
