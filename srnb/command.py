@@ -250,7 +250,8 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
     policy, failed = _policy(args), []
     fix = color_fix_of(args.color_fix or ("adain" if on_latents(policy) else "none"))
     sampler = SAMPLERS.get(args.sampler)
-    took, waiting = [], sum(n for *_, n in todo) # (seconds, pixels) of what is done; pixels of the rest
+    waiting = sum(n for *_, n in todo) # pixels
+    seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up
     for i, (source, target, seed, n) in enumerate(todo, 1):
         start, waiting = time.monotonic(), waiting-n
         def say(text, source=source): tell(f"{source}: {text}")
@@ -261,10 +262,11 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
             failed.append(f"{source}: {reason(e)}")
             tell(f"{i}/{len(todo)} {source} failed")
         else:
-            took.append((time.monotonic()-start, n))
-            seconds, pixels = (sum(o) for o in zip(*took[1:], strict=True)) if len(took) > 1 else (0, 0) # one warms up
+            took = time.monotonic()-start
+            if warm: seconds, pixels = seconds+took, pixels+n
+            warm = True
             left = f", about {seconds/pixels*waiting:.0f} s left" if pixels and waiting else ""
-            tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {took[-1][0]:.1f} s{left})")
+            tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {took:.1f} s{left})")
     return failed
 
 # %% ../nbs/62_command.ipynb #62-command-t02
@@ -329,3 +331,7 @@ def main(
     except Exception as e: code, text = 1, reason(e)
     tell(f"srnb: {text}")
     return code
+
+# %% ../nbs/62_command.ipynb #62-command-023
+#| eval: false
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())
