@@ -78,11 +78,11 @@ PICTURES = (*".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .avif .heic .heif
 
 def files_below(
     folder:str|Path,        # searched with all folders below it, linked ones too
-    above:Sequence[str]=(), # real paths of the folders around it: a link to one of them would lead round for ever
+    above:Sequence[str]=(), # real paths of the folders that the search came through
 )->Iterator[Path]:          # not sorted; hidden files and folders are left out
     "Every file of a folder; a link that leads nowhere and a folder that cannot be listed stand for themselves"
     real = os.path.realpath(folder)
-    if real in above: return
+    if any(Path(o).is_relative_to(real) for o in above): return # a link that would lead round for ever
     try: names = os.listdir(folder)
     except OSError:
         yield Path(folder)
@@ -114,7 +114,7 @@ def find_photos(
         raise ValueError(f"{folder} holds ready pairs in lq and gt, and {min(other)} beside them; take it away")
     ends = Counter(p.suffix.lower() for p in {*files_below(folder)}-{*find_images(folder)})
     unread = {end: n for end, n in sorted(ends.items()) if end in PICTURES}
-    if unread: print(f"{folder}: {sum(unread.values())} pictures not read ({', '.join(unread)}); convert them to PNG")
+    if unread: print(f"{folder}: {sum(unread.values())} not read ({', '.join(unread)}); convert such pictures to PNG")
     names = [_slug("_".join(p.relative_to(top).with_suffix("").parts)) for p in paths]
     twice = {o for o, n in Counter(names).items() if n > 1}
     ids = [f"{n}-{_slug(p.name)}" if n in twice else n for n, p in zip(names, paths, strict=True)]
