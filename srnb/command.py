@@ -73,7 +73,7 @@ def _in_folder(folder:Path, top:Path, out:str)->list[tuple[Path, Path]]: # every
     pictures = [p for p in files if p.suffix.lower() in PICTURES or not os.path.isfile(p)]
     if others := {*files}-{*pictures}:
         ends = ", ".join(sorted({p.suffix.lower() or p.name for p in others}))
-        tell(f"{folder}: {len(others)} file{'s have' if len(others) > 1 else ' has'} no picture's ending ({ends})")
+        tell(f"{folder}: passed over {len(others)} file{'s'*(len(others) > 1)} without a picture's ending ({ends})")
     return [(p, p.relative_to(top)) for p in pictures]
 
 def _by_pattern(name:str, out:str)->list[tuple[Path, Path]]: # a file's name begins at the first part that holds a sign
@@ -105,9 +105,12 @@ def find_outputs(
     else:
         if os.path.lexists(out) and not folder: raise Usage(f"{out} is a file; several inputs need a folder")
         if file: raise Usage(f"{out} looks like a file, and there are {len(found)} inputs")
-        short = Counter(name.with_suffix(".png") for name in {name for _, name in found})
-        jobs = [(p, target/(name.with_suffix(".png") if short[name.with_suffix(".png")] == 1 else f"{name}.png"))
-                for p, name in found]
+        inputs, jobs = {os.path.realpath(p) for p, _ in found}, []
+        sharing = Counter(name.with_suffix(".png") for name in {name for _, name in found})
+        for p, name in found:
+            short = name.with_suffix(".png")
+            twins = sharing[short] > 1 and os.path.realpath(target/short) not in inputs # those are refused below
+            jobs.append((p, target/(f"{name}.png" if twins else short)))
     if len(seeds) == 1: jobs = [(p, o, seeds[0]) for p, o in jobs]
     else: jobs = [(p, o.with_name(f"{o.stem}_seed{s}{o.suffix}"), s) for p, o in jobs for s in seeds]
     _check_apart(jobs)

@@ -130,7 +130,7 @@ def bits_of(
 )->int:             # 8 if nothing says more
     "The most bits a channel that an image's file holds; Pillow cuts colour to 8 without a word"
     head, said = b"", [8, im.info.get("bit_depth", 8)] # as pillow-heif calls it
-    if getattr(im, "fp", None):
+    if im.format in ("AVIF", "JPEG2000", "JXL") and im.fp:
         at = im.fp.tell()
         im.fp.seek(0)
         head = im.fp.read(2**20)
@@ -138,7 +138,7 @@ def bits_of(
     if im.format == "AVIF": # flags high_bitdepth and twelve_bit of each AV1 stream
         flags = [o[0] for o in re.findall(rb"av1C..(.)", head, re.S)]
         said += [12 if o & 0x20 else 10 for o in flags if o & 0x40]
-    if im.format == "JXL" and head:
+    if im.format == "JXL" and head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")): # not so once it is decoded
         bits, animated = jxl_form(head)
         if animated: raise Refused("holds several pictures (an animation); extract one of them first")
         said.append(bits)
@@ -394,7 +394,7 @@ def open_image(
     end = Path(path).suffix.lower()
     try:
         if end in PICTURES and end not in ENDS: # some of them begin as a TIFF does, which is a preview
-            raise Refused(f"{end} files are not read here; convert it to PNG or TIFF first")
+            raise Refused(f"a {end} file, which is not read here; convert it to PNG or TIFF first")
         Image.init()
         ask_plugin(path)
         known = [k for k, (ends, _) in FORMATS.items() if k in Image.OPEN and (k != "TGA" or end in ends)]

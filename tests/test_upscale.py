@@ -688,10 +688,10 @@ def test_pictures_that_are_not_read_are_named(box, capsys):
     assert code == 1 and list(files("out")) == ["a.png"] and "8 failed:" in said
     for name in ("phone.heic", "new.jxl", "raw.NEF", "layers.psd", "empty.png", "deep/cut.jpg", "gone.png", "disk"):
         assert sum(o.startswith(f"in/{name}: ") for o in said) == 1, name
-    assert "in: 2 files have no picture's ending (.db, .txt)" in said
+    assert "in: passed over 2 files without a picture's ending (.db, .txt)" in said
     text = "\n".join(said)
     assert "the file is empty" in text and "nowhere.png, which is not there" in text and "pillow-heif" in text
-    assert ".nef files are not read here" in text and "hidden" not in text and "_mac" not in text
+    assert "a .nef file, which is not read here" in text and "hidden" not in text and "_mac" not in text
     Path("none").mkdir()
     Path("none/notes.txt").write_text("x")
     assert said_of(capsys, "none", "-o", "out")[0] == 1 # nothing was meant, or all of it is missing
@@ -744,6 +744,9 @@ def test_other_kinds_are_read(box, kind, end):
     with Image.open("out/a.png") as out:
         assert out.size == (160, 120) and out.mode == im.mode
         assert np.abs(np.asarray(out.resize((40, 30), Image.Resampling.BOX)).astype(int)-np.asarray(im)).mean() < 6
+    with Image.open(f"in/a{end}") as im:
+        im.load() # closes the file
+        assert upscale(im, quick).size == (160, 120)
 
 
 def test_a_file_is_a_tga_only_by_its_name(box, capsys):
@@ -841,6 +844,11 @@ def test_equal_stems_keep_their_endings(box, capsys):
     assert said_of(capsys, "in", "-o", "out")[0] == 0
     assert sorted(files("out")) == ["a.jpg.png", "a.png.png", "b.png"]
     assert said_of(capsys, "in", "-o", "two", "--seed", "1,2")[0] == 0 and "a.jpg_seed2.png" in files("two")
+    (box/"same").mkdir()
+    picture().save("same/a.jpg")
+    assert said_of(capsys, "same", "-o", "same")[0] == 0 and sorted(files("same")) == ["a.jpg", "a.png"]
+    code, said = said_of(capsys, "same", "-o", "same") # what it wrote is no second picture
+    assert code == 2 and "same/a.png is an input" in said[-1]
     picture().save("in/a.jpg.webp")
     picture().save("in/b.jpg.webp")
     for name in ("in/b.jpg", "a.png", "b.png"): picture().save(name)
