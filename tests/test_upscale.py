@@ -858,6 +858,14 @@ def test_equal_stems_keep_their_endings(box, capsys):
     assert not Path("three").exists()
 
 
+def test_results_beside_their_folder(box, capsys):
+    (box/"photos/2020").mkdir(parents=True)
+    picture().save("photos/2020/a.jpg")
+    assert said_of(capsys, "photos/2020", "-o", "photos")[0] == 0 and sorted(files("photos")) == ["2020/a.jpg", "a.png"]
+    code, said = said_of(capsys, "none.png", "-o", "x.png")
+    assert code == 1 and said[-1] == "none.png: no such file or folder"
+
+
 def test_a_folder_with_a_dot(box, capsys):
     picture().save("a.png")
     assert said_of(capsys, "a.png", "-o", "v1.5")[0] == 0 and list(files("v1.5")) == ["a.png"]
