@@ -193,7 +193,7 @@ def dpi_of(
 )->tuple|None:      # dots per inch across and down, once it is upright
     "The print resolution, if it is one"
     dpi = im.info.get("dpi")
-    if dpi is None or not all(math.isfinite(o) and .5 <= o < 65535 for o in dpi): return None
+    if dpi is None or not all(math.isfinite(o) and 1 < o < 65535 for o in dpi): return None # 1 is TIFF's default
     lies = im.getexif().get(0x0112, 1) > 4 # orientations 5 to 8 swap the sides
     return tuple(float(o) for o in (reversed(dpi) if lies else dpi))
 
