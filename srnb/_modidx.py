@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'srnb.config._number': ('config.html#_number', 'srnb/config.py'),
                              'srnb.config._several': ('config.html#_several', 'srnb/config.py'),
                              'srnb.config.as_rows': ('config.html#as_rows', 'srnb/config.py'),
+                             'srnb.config.checked_parameters': ('config.html#checked_parameters', 'srnb/config.py'),
                              'srnb.config.coerced': ('config.html#coerced', 'srnb/config.py'),
                              'srnb.config.constants': ('config.html#constants', 'srnb/config.py'),
                              'srnb.config.family': ('config.html#family', 'srnb/config.py'),
