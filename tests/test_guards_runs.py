@@ -26,6 +26,7 @@ from srnb.data import embedded_photos, find_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST, SEESR
 from srnb.nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
+from srnb.pairs import split_backward
 from srnb.paths import SAMPLERS, VPV, Shift
 from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_pretrained
 from srnb.rewards import (PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax, Reward, hybrid,
@@ -395,6 +396,11 @@ def test_a_preset_is_the_method_of_its_paper():
 
 def own_paths(setting): # those whose other value the table has for this very setting
     return [p for p in paths_of(setting) if p in OWN.get(setting, {}) or setting in PRESETS and p not in PLACES]
+
+
+def test_a_flat_name_is_the_highest_field():
+    run = fill(presets()["asasr"][1], dict(steps=7, seed=3))
+    assert (run.loop.steps, run.method.losers.imitation.steps, run.method.start.start_loop.steps) == (7, 120, 60)
 
 
 CHANGES = [marked(s, p) for s in SETTINGS for p in own_paths(s)]
@@ -779,6 +785,21 @@ def test_the_loss_of_one_pair_is_the_link_of_its_margin(runs, setting, changes, 
     assert (want-still).abs().max() > 1e-2*still.max() # the margin is large enough to see another kappa
 
 
+def test_the_safeguard_is_asked_where_it_is_named(runs):
+    held, free = (log_of(runs.run("dp2o", True, {"method.safeguard": o})) for o in (True, False))
+    assert "safeguard" not in free and held.safeguard.between(0, 1).all()
+
+
+@pytest.mark.parametrize("safeguard, want", [(True, [1-5/6, .5-5/6]), (False, [0., -.5])])
+def test_the_losers_gradient_is_scaled_by_the_safeguard(safeguard, want):
+    "Gradients (1, 1/2) of the winner and -(1, 1) of the loser: their product is -3/2, the square of the first 5/4"
+    net = torch.nn.Linear(2, 1, bias=False)
+    gap_w, gap_l = net(torch.tensor([[1., .5]])), net(torch.tensor([[1., 1.]]))
+    logs = split_backward(SimpleNamespace(net=net), safeguard)((gap_w-gap_l)[:, 0], {}, gap_w, gap_l)
+    check_close(net.weight.grad[0], torch.tensor(want), atol=1e-6)
+    if safeguard: check_close(logs["safeguard"], 5/6, atol=1e-6)
+
+
 def test_the_losses_of_a_network_from_patches_are_the_sums_of_their_parts(runs):
     log = log_of(runs.base("base"))
     check_close(log.loss.tolist(), (log.flow+log["mean"]).tolist(), rtol=1e-5)
@@ -1009,10 +1030,10 @@ def test_every_field_of_a_loop_changed_alone_changes_what_fit_does(tmp_path, fie
         assert after["log"]["step"] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("ema", [0., .9])
-def test_a_loop_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, ema):
-    "Weights, average, log and what the loss remembers"
-    memory, loop = Sum(), replace(TOY, ema=ema)
+@pytest.mark.parametrize("ema, log_every", [(0., 1), (.9, 1), (0., 3)])
+def test_a_loop_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, ema, log_every):
+    "Weights, average, log, also of a row that began before the checkpoint, and what the loss remembers"
+    memory, loop = Sum(), replace(TOY, ema=ema, log_every=log_every)
     last, log, kept, _ = toy(tmp_path/"whole", loop, memory=memory)
     with pytest.raises(KeyboardInterrupt): toy(tmp_path/"cut", loop, stop=5, memory=Sum())
     again = Sum()
