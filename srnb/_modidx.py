@@ -305,7 +305,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.data.Photo.credit': ('data.html#photo.credit', 'srnb/data.py'),
                            'srnb.data.Photo.read': ('data.html#photo.read', 'srnb/data.py'),
                            'srnb.data._by_name': ('data.html#_by_name', 'srnb/data.py'),
-                           'srnb.data._bytes': ('data.html#_bytes', 'srnb/data.py'),
                            'srnb.data._partner': ('data.html#_partner', 'srnb/data.py'),
                            'srnb.data._slug': ('data.html#_slug', 'srnb/data.py'),
                            'srnb.data._turned': ('data.html#_turned', 'srnb/data.py'),
