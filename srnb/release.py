@@ -36,11 +36,10 @@ from .rewards import GroupMinMax, Metric, Reward
 _PHOTO = ("author", "licence", "source", "title", "changes", "sha256")
 
 def _png(image:Tensor, name:str)->dict: # (3,H,W); as a column of images holds it
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
+    to_pil(image).save(file := io.BytesIO(), "PNG")
     return dict(bytes=file.getvalue(), path=f"{name}.png")
 
-def _name(i:str, where:str)->str: # ids become file names
+def _name(i:str, where:str|Path)->str: # ids become file names
     fits = isinstance(i, str) and 0 < len(i.encode()) <= 200
     if not fits or i.startswith(".") or re.search(r'[/\\:\x00-\x1f]', i):
         raise ValueError(f"{where}: the id {i!r} cannot be a file name (1 to 200 bytes, no / \\ : or control "
@@ -56,7 +55,7 @@ def _columns(bank:Path, metrics, reward, normaliser, photos)->tuple[dict, dict]:
     params = config["params"]
     params.pop("inputs", None)
     order = params.pop("ids", sorted(done)) # not the one in which ranks finished them
-    ids = [_name(i, str(bank)) for i in order if i in done]
+    ids = [_name(i, bank) for i in order if i in done]
     if not ids: raise ValueError(f"{bank} holds no finished group; run make_bank first")
     metrics = list(dict.fromkeys([*metrics, *(reward.metrics if reward else ())]))
     about = dict(params=params, versions=config["versions"], reward=None,
@@ -82,7 +81,7 @@ def _columns(bank:Path, metrics, reward, normaliser, photos)->tuple[dict, dict]:
 _IMAGE = {"_type": "Image"}
 _FEATURES = dict(lq=_IMAGE, gt=_IMAGE, sr={"_type": "Sequence", "feature": _IMAGE})
 
-def _write_shard(bank:Path, about:dict, columns:dict, part:range, path:str)->None: # part: which groups
+def _write_shard(bank:str|Path, about:dict, columns:dict, part:range, path:str)->None: # part: which groups
     notes, writer = dict(huggingface=json.dumps({"info": {"features": _FEATURES}}), srnb=json.dumps(about)), None
     for g in part: # a group is a row and a row group: a reader can take one without the rest
         group = read_group(bank, columns["id"][g])
@@ -114,15 +113,14 @@ def export_dataset(
                          "the photographs decide which")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be train, validation or test, got {split!r}")
-    bank = Path(bank)
-    about, columns = _columns(bank, metrics, reward, normaliser, photos)
+    about, columns = _columns(Path(bank), metrics, reward, normaliser, photos)
     ids = columns["id"]
     first = read_group(bank, ids[0])
     per = max(1, int(shard_bytes)//sum(o.numel() for o in (first.lq, first.gt, first.sr))) # raw bytes: PNG is smaller
     starts = range(0, len(ids), per)
     content = hashlib.blake2b(json.dumps([about, columns], sort_keys=True).encode(), digest_size=8).hexdigest()
-    params = dict(split=split, groups=len(ids), groups_per_shard=per, licence=licence, content=content)
-    folder = open_run(folder, params)
+    folder = open_run(folder, dict(split=split, groups=len(ids), groups_per_shard=per, licence=licence,
+                                   content=content))
     for k, start in enumerate(progress(starts, "shards")):
         path, part = folder/"data"/f"{split}-{k:05d}-of-{len(starts):05d}.parquet", range(len(ids))[start:start+per]
         if not path.exists(): replace_file(path, partial(_write_shard, bank, about, columns, part))
@@ -166,9 +164,9 @@ def _opened(path:Path)->Iterator[pq.ParquetFile]: # what is read is held against
     except (pa.ArrowException, OSError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: damaged or no parquet file ({e}); download this shard again") from e
 
-def _shard(path:Path)->pa.Table: # the columns that a bank may have
+def _shard(path:Path)->pa.Table: # the columns that a bank may have, row by row: lists of 2 GB are not read at once
     names = ("id", *_FEATURES, "prompt", "seeds", "scores", "reward", "photo")
-    with _opened(path) as file: return file.read(names)
+    with _opened(path) as file: return pa.Table.from_batches(file.iter_batches(1, columns=names))
 
 # %% ../nbs/22_release.ipynb #22-release-037
 def _pixels(image:dict, where:str, name:str)->Tensor: # (3,H,W), [0, 1]; a path is not followed
@@ -256,7 +254,7 @@ def import_bank(
 )->Path:                                # read by `read_group`, `score_bank` and all that trains
     "Shards back into a bank with its scores; all is checked before anything is written, nothing is unpickled"
     pairs = _Pairs(source)
-    params, m = pairs.about.get("params", {}), len(pairs.first[1].sr)
+    params = pairs.about.get("params", {})
     def draw(i, lq): # the scores first: a group that is whole has them
         group, scores = pairs.now
         rows = [(i, k, name, float(v)) for name, values in scores.items() for k, v in enumerate(values)]
@@ -264,7 +262,7 @@ def import_bank(
         if rows: write_table(Path(out)/"scores"/f"{i}.parquet", table)
         return group.sr
     prompts = pairs.prompts if "prompts" in params or not params else None
-    return _fill(out, pairs, draw, "groups imported", params or dict(imported=True, m=m), prompts)
+    return _fill(out, pairs, draw, "groups imported", params or dict(imported=True, m=len(pairs.first[1].sr)), prompts)
 
 # %% ../nbs/22_release.ipynb #22-release-042
 def _library(folder:Path)->str|None: # whose format a folder of weights has
