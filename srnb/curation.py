@@ -96,6 +96,7 @@ def share(
         part, lock = ids[k::world], FileLock(f"{folder}/.lock-{k}")
         rest = [i for i in part if not done(i)]
         if not rest: continue
+        queue.append(k) # it comes back until nothing is missing
         try: held = lock.acquire(timeout=1)
         except Timeout: # its process is at work
             if not since: print(f"{what}: waiting for other processes", flush=True)
@@ -105,7 +106,6 @@ def share(
                     f"{what}: the process that holds {lock.lock_file} has finished none for {PATIENCE:.0f} s, and "
                     f"{rest[0]} is missing: end it, or delete that file if there is no such process, then call again"
                 ) from None
-            queue.append(k)
             continue
         with held:
             for i in progress(rest, what, len(part), start=len(part)-len(rest)):
