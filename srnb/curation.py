@@ -104,7 +104,7 @@ def share(
             if now-since.setdefault((k, len(rest)), now) > PATIENCE:
                 raise TimeoutError(
                     f"{what}: the process that holds {lock.lock_file} has finished none for {PATIENCE:.0f} s, and "
-                    f"{rest[0]} is missing: end it, or delete that file if there is no such process, then call again"
+                    f"{rest[0]} is missing: end it, or delete the lock if there is no such process, then call again"
                 ) from None
             continue
         with held:
