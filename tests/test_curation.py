@@ -2,6 +2,7 @@
 banks made by many processes"""
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -209,6 +210,27 @@ def test_killed_alone(whole, tmp_path, launch, stop):
     want = Counter([f"photo{k}" for k in range(GROUPS)] + ["score"]*GROUPS + [again]*(again is not None))
     assert both == want and tree(tmp_path/"bank") == tree(whole[0])
     assert pd.read_parquet(tmp_path/"journal1.parquet").equals(whole[1])
+
+
+def test_killed_at_random(whole, tmp_path, launch):
+    "SIGKILL at any moment, again and again: what is there is whole, and each kill costs at most the group in work"
+    chance, kills = random.Random(0), 8
+    (tmp_path/"go").touch()
+    def left(): # of the groups that are there
+        paths = (tmp_path/"bank"/"groups").glob("photo*.safetensors")
+        return {p.name: p.read_bytes() for p in paths}
+    for k in range(kills):
+        run = launch(k, 1, .01)
+        wait_for([run], (tmp_path/f"journal{k}.ready").exists)
+        run.wait(chance.uniform(0, .15))
+        run.kill()
+        run.wait()
+        for name, data in left().items(): assert data == (whole[0]/"groups"/name).read_bytes()
+    last = launch(kills, 1, 0)
+    assert last.wait() == 0, last.err
+    names = Counter(i for k in range(kills+1) for i in begun(tmp_path, k) if i != "score")
+    assert len(names) == GROUPS and sum(names.values()) <= GROUPS+kills
+    assert tree(tmp_path/"bank") == tree(whole[0])
 
 
 def test_waiting_ends(tmp_path, launch, monkeypatch):
