@@ -110,6 +110,7 @@ def share(
         with held:
             for i in progress(rest, what, len(part), start=len(part)-len(rest)):
                 if not done(i): work(i) # it may have been made before the lock was free
+            Path(lock.lock_file).unlink() # while it is held: whoever waits makes it anew
 
 # %% ../nbs/21_curation.ipynb #21-curation-031
 @dataclass(frozen=True)
