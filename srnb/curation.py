@@ -90,7 +90,7 @@ def share(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) # set by torchrun and accelerate
     if not 0 <= rank < world:
         raise ValueError(f"the environment needs 0 <= RANK < WORLD_SIZE, got RANK={rank}, WORLD_SIZE={world}")
-    queue, since = [*range(rank, world), *range(rank)], {} # shares, its own first; when so many groups were missing
+    queue, since = [*range(rank, world), *range(rank)], {} # its own share first; (share, missing groups) -> when
     while queue:
         k = queue.pop(0)
         part, lock = ids[k::world], FileLock(f"{folder}/.lock-{k}")
@@ -267,5 +267,5 @@ def bank_bounds(
     reward:Reward,
 )->GlobalBounds:
     "A normaliser frozen from a bank; see room 20"
-    values = {m.name: scores[scores.metric == m.name].value.to_numpy() for m in reward.metrics}
+    values = {name: v.to_numpy() for name, v in scores.groupby("metric").value}
     return fit_bounds(values, reward.metrics)
