@@ -225,23 +225,21 @@ def score_bank(
     metrics:Sequence[Metric], # of room 20
 )->pd.DataFrame:              # group, candidate, metric, value
     "Score every candidate under every metric, shared with all processes that call this; what was scored before is kept"
-    folder, names, tables = Path(folder), {m.name for m in metrics}, {}
-    def file_of(i): return folder/"scores"/f"{i}.parquet"
-    def done(i):
-        if i not in tables and file_of(i).exists():
-            table = pd.read_parquet(file_of(i))
-            if names <= set(table.metric): tables[i] = table[table.metric.isin(names)]
-        return i in tables
+    def file_of(i): return Path(folder)/"scores"/f"{i}.parquet"
+    def stored(i): return [pd.read_parquet(file_of(i))] if file_of(i).exists() else [] # one table, or none
+    def missing(i):
+        known = {name for table in stored(i) for name in table.metric}
+        return [m for m in metrics if m.name not in known]
     def work(i):
-        old, group = [pd.read_parquet(file_of(i))] if file_of(i).exists() else [], read_group(folder, i)
-        known = {n for table in old for n in table.metric}
-        try: new = score_group([m for m in metrics if m.name not in known], group.sr, group.gt)
+        group = read_group(folder, i)
+        try: new = score_group(missing(i), group.sr, group.gt)
         except ValueError as e: raise ValueError(f"photograph {i}: {e}") from e
         new = [pd.DataFrame(dict(group=i, candidate=range(len(v)), metric=n, value=v.tolist())) for n, v in new.items()]
-        write_table(file_of(i), pd.concat([*old, *new], ignore_index=True))
+        write_table(file_of(i), pd.concat([*stored(i), *new], ignore_index=True))
     ids = finished_groups(folder)
-    share(folder, ids, done, work, "groups scored")
-    return pd.concat([tables[i] for i in ids], ignore_index=True)
+    share(folder, ids, lambda i: not missing(i), work, "groups scored")
+    scores = pd.concat([table for i in ids for table in stored(i)])
+    return scores[scores.metric.isin([m.name for m in metrics])].reset_index(drop=True)
 
 def score_table(
     scores:pd.DataFrame,  # group, candidate, metric, value
