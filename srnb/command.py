@@ -165,7 +165,7 @@ def upscale_parser()->argparse.ArgumentParser:
         help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
     there = p.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace outputs that exist")
-    there.add_argument("--skip", action="store_true", help="leave outputs that exist and are whole; no failure")
+    there.add_argument("--skip", action="store_true", help="leave an output that exists, as those of a folder are")
     more = p.add_argument_group("for a backbone")
     more.add_argument("--control", metavar="FOLDER|FILE", help="control branch; a copy of the base if not given")
     more.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
@@ -239,9 +239,12 @@ def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], li
             with open_image(source) as im: w, h = im.size
             if args.force or not os.path.lexists(target):
                 todo.append((source, target, seed, max(w*h, 64**2))) # smaller ones take no less time
-            elif args.skip and not is_result(target, (w, h)):
+                continue
+            if not is_result(target, (w, h)):
                 raise ValueError(f"{target} exists and is not the whole result; --force replaces it")
-            else: there.append(target)
+            if len(jobs) == 1 and not args.skip:
+                raise ValueError(f"{target} exists already; --skip leaves it, --force replaces it")
+            there.append(target)
         except Exception as e: failed.append(f"{source}: {reason(e)}")
     return todo, there, list(dict.fromkeys(failed)) # a source fails once, whatever the seeds
 
@@ -254,14 +257,10 @@ def run_upscale(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others
         todo, there, failed = _ready(args)
-        one = len(there) == 1
-        if there and args.skip: tell(f"{'1 output was' if one else f'{len(there)} outputs were'} there already")
+        if there: tell(f"{len(there)} done before, such as {there[0]}; --force makes them anew")
         if todo: failed += _upscale_all(args, todo)
-    if there and not args.skip:
-        tell(f"{there[0]} exists already; --skip leaves it, --force replaces it" if one else
-             f"{len(there)} exist already, such as {there[0]}; --skip leaves them, --force replaces them")
     for o in (f"{len(failed)} failed:", *failed) if failed else (): tell(o)
-    return 1 if failed or there and not args.skip else 0
+    return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
     from srnb.images import color_fix_of, upscale_file

@@ -425,7 +425,7 @@ def test_never_overwrites(box, capsys):
     Path("out/a.png").write_bytes(b"mine")
     assert main(["upscale", "a.png", "b.png", "-o", "out"]) == 1
     said = capsys.readouterr().err
-    assert "a.png exists already; --skip leaves it, --force" in said
+    assert "a.png exists and is not the whole result; --force replaces it" in said
     assert files("out")["a.png"] == b"mine" and "b.png" in files("out")
     Path("out/b.png").unlink()
     Path("out/b.png").mkdir()
@@ -881,14 +881,15 @@ def test_going_on(box, capsys):
     for i, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/c.png")): picture(seed=i).save(name)
     assert said_of(capsys, "in/b.jpg", "-o", "out")[0] == 0
     before = files("out")["b.png"]
-    code, said = said_of(capsys, "in", "-o", "out", "--skip")
-    assert code == 0 and "1 output was there already" in said
+    code, said = said_of(capsys, "in", "-o", "out") # the same line again goes on
+    assert code == 0 and "1 done before, such as out/b.png; --force makes them anew" in said
     assert sorted(files("out")) == ["a.png", "b.png", "deep/c.png"]
-    code, said = said_of(capsys, "in", "-o", "out", "--skip")
-    assert code == 0 and "3 outputs were there already" in said and files("out")["b.png"] == before
-    code, said = said_of(capsys, "in", "-o", "out") # not done, and no failure either
-    assert code == 1 and not any("failed" in o for o in said)
-    assert said[-1] == "3 exist already, such as out/a.png; --skip leaves them, --force replaces them"
+    for skip in ([], ["--skip"]): # done, and no failure
+        code, said = said_of(capsys, "in", "-o", "out", *skip)
+        assert code == 0 and said[-1].startswith("3 done before") and files("out")["b.png"] == before
+    code, said = said_of(capsys, "in/a.png", "-o", "out") # one picture was asked for, and nothing was done
+    assert code == 1 and said[-1] == "in/a.png: out/a.png exists already; --skip leaves it, --force replaces it"
+    assert said_of(capsys, "in/a.png", "-o", "out", "--skip")[0] == 0
     Path("out/a.png").write_bytes(Path("out/a.png").read_bytes()[:-40]) # somebody else's, or a broken disk's
     picture().save("out/b.png")
     code, said = said_of(capsys, "in", "-o", "out", "--skip")
