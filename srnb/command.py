@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import __version__
+from .files import PICTURES, SAVES, files_below
 
 # %% ../nbs/62_command.ipynb #62-command-007
 class Usage(Exception):
@@ -69,7 +70,6 @@ def _written(path:Path, top:Path, out:str)->bool: # by an earlier run into `out`
     return bool(out) and where != around and where.is_relative_to(around) and file.is_relative_to(where)
 
 def _in_folder(folder:Path, top:Path, out:str)->list[tuple[Path, Path]]: # every picture, whether it can be read or not
-    from srnb.data import PICTURES, files_below
     files = sorted(p for p in files_below(folder) if p != top and not _written(p, top, out))
     pictures = [p for p in files if p.suffix.lower() in PICTURES or not os.path.isfile(p)]
     if others := {*files}-{*pictures}:
@@ -96,8 +96,6 @@ def find_outputs(
     seeds:Sequence[int]=(0,),          # more than one: the name says which
 )->list[tuple[Path, Path, int]]:       # (source, target, seed)
     "Where each result goes; Usage where two would go to one place, or onto an input"
-    from srnb.data import PICTURES
-    from srnb.images import SAVES
     ends, target, folder = ", ".join(SAVES), Path(out), os.path.isdir(out)
     file = not folder and target.suffix.lower() in PICTURES and not out.endswith(("/", os.sep))
     if file and target.suffix.lower() not in SAVES:
@@ -227,10 +225,10 @@ def _policy(args:argparse.Namespace): # the Policy that the command line names
 
 def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[Path], list[str]]:
     "(source, target, seed, pixels) of what can be done, which targets exist, and what failed; only headers are read"
-    from srnb.core import take_away_parts
-    from srnb.images import is_result, open_image
     found, failed = find_inputs(args.inputs, args.out)
     todo, there, jobs = [], [], find_outputs(found, args.out, args.seed)
+    from srnb.core import take_away_parts # after what is wrong with the line has been said
+    from srnb.images import is_result, open_image
     for folder in {target.parent for _, target, _ in jobs}: take_away_parts(folder)
     for source, target, seed in jobs:
         try:

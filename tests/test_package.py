@@ -30,6 +30,22 @@ def test_import_is_cheap(root, clean_env):
     assert not found & {*HEAVY, *METRICS, "accelerate", "peft"}
 
 
+@pytest.mark.parametrize("line", [
+    "--help", "upscale -h", "upscale a.png", "upscale a/x.png b/x.png -o out", "upscal a", "upscale a/x.png -o b/x.png/",
+    "upscale a b -o out.png", "upscale a -o out --seed 1,1"])
+def test_what_is_wrong_with_a_line_is_said_without_torch(root, clean_env, tmp_path, line):
+    code = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+for o in "ab":
+    os.makedirs(o, exist_ok=True)
+    open(o + "/x.png", "w").close()
+from srnb.command import main
+assert main({line.split()!r}) == {0 if "-h" in line else 2}"""
+    found = loaded(code, root, clean_env)
+    assert not found & {*HEAVY, *METRICS, "torch", "numpy", "pandas", "PIL"}
+
+
 def test_rooms_import_what_they_need(root, clean_env):
     "No metric library anywhere; pandas, SciPy and PEFT only where a table or an adapter is made. Light rooms first"
     names, later = modules(root), {*HEAVY, *METRICS, "pandas", "scipy", "peft", "accelerate", "torchvision"}

@@ -21,6 +21,7 @@ from PIL import Image, ImageCms
 from srnb import images, tiles
 from srnb.command import main
 from srnb.core import bicubic, generator, quantize
+from srnb.files import SAVES
 from srnb.images import upscale
 from srnb.nets import OneStepConfig, OneStepUNet
 from srnb.paths import Shift
@@ -161,7 +162,7 @@ def test_orientation(tmp_path, orientation):
         assert np.array_equal(np.asarray(out), np.asarray(want)) and not out.getexif()
 
 
-@pytest.mark.parametrize("end", images.SAVES)
+@pytest.mark.parametrize("end", SAVES)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_icc_profile_is_kept(tmp_path, end, mode):
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -559,7 +560,7 @@ def guarded(folder, argv, inputs, capsys): # what holds whatever was given
     assert not [p for p in Path(folder).rglob("*") if p.name.startswith(".part-")]
     assert "--force" in argv or all(p.read_bytes() == b for p, b in before.items())
     for p in Path(folder).rglob("*"):
-        if p.suffix in images.SAVES and p not in before and p.is_file():
+        if p.suffix in SAVES and p not in before and p.is_file():
             with Image.open(p) as im: im.load()
     return code, said.err
 
@@ -582,7 +583,7 @@ def test_fuzz_of_image_bytes(data, loader, capsys, monkeypatch):
 @settings(max_examples=100, **FUZZ)
 @given(mode=st.sampled_from(sorted(images.PILLOW_MODES)+["HSV", "YCbCr", "LAB", "I", "F"]), w=st.integers(1, 70),
        h=st.integers(1, 70), end=st.sampled_from([".png", ".tif", ".webp", ".jpg", ".gif", ".bmp"]),
-       out=st.sampled_from([*images.SAVES, "", ".gif"]), tile=st.sampled_from([None, 64, 66]))
+       out=st.sampled_from([*SAVES, "", ".gif"]), tile=st.sampled_from([None, 64, 66]))
 def test_fuzz_of_modes_and_sizes(mode, w, h, end, out, tile, loader, capsys):
     with TemporaryDirectory() as folder:
         source = Path(folder)/f"in{end}"
