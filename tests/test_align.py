@@ -82,7 +82,7 @@ def test_fixture_10(shipped, energy, link):
     level = d.sigma[::2, None, None, None]
     assert torch.equal(d.sigma[::2], d.sigma[1::2]) and torch.equal(d.cond[::2], d.cond[1::2])
     assert d.sigma.unique().numel() == 4
-    rows = old.buffers[0].rows
+    rows = old.buffers[0]
     # the expert's state, level and input belong together: the photograph of a trajectory
     for z, y in zip(d.x[::2]-level*d.target[::2], d.cond[::2, :3], strict=True):
         k = (rows["z"]-z).abs().amax((1, 2, 3)).argmin()

@@ -18,7 +18,7 @@ from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, group_seeds, read_group
 from srnb.data import embedded_photos
-from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, alone, draw_made, draw_pairs, draw_winners, given_loser,
+from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, draw_alone, draw_made, draw_pairs, given_loser,
                         preference_loss, split_backward, supervised_loss)
 from srnb.paths import Shift
 from srnb.plan import DoesNotFit
@@ -63,7 +63,7 @@ def of(pairs, policy): return lambda step, part: draw_pairs(pairs, policy, 1, 64
 def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
     photographs = [replace(o, sr=o.gt[None]) for o in groups()]
     if method == "sft":
-        loss = supervised_loss(lambda step, part: alone(draw_winners(photographs, policy, 2, 64, step), policy), policy)
+        loss = supervised_loss(lambda step, part: draw_alone(photographs, policy, 2, 64, step), policy)
         return loss, None, None, None
     if method == "dp2o": return preference_loss(of(pairs(), policy), policy, Logistic(100.)), None, None, math.log(2)
     if method == "asasr":
