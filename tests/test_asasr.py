@@ -15,7 +15,7 @@ from srnb.baselines import BASELINES
 from srnb.config import fill
 from srnb.core import RunOccupied, read_run, seed_of
 from srnb.curation import finished_groups, read_group
-from srnb.pairs import Logistic, draw_made, draw_winners, gaps, given_loser, preference_loss
+from srnb.pairs import Logistic, draw_loss, draw_made, draw_winners, gaps, given_loser
 from srnb.policies import Policy, from_pretrained, load_adapter
 from srnb.preference import pair_margin
 from srnb.rewards import luma
@@ -150,7 +150,7 @@ def test_the_adversary_is_not_trained(whole, config):
     params = policy.add_lora(2)
     winners = photographs(whole/"outputs")
     def draw(step, part): return draw_made(winners, policy, 2, 32, 1, of_adversary)
-    values, *_ = preference_loss(draw, policy, Logistic(1000.), SobolevEnergy(1.5))(0, 0)
+    values, *_ = draw_loss(draw, policy, Logistic(1000.), SobolevEnergy(1.5))(0, 0)
     values.mean().backward()
     assert {id(p) for p in policy.net.parameters() if p.grad is not None} == {id(p) for p in params}
     before = draw(0, 0)
@@ -188,8 +188,8 @@ def test_margins_by_hand(moved, whole):
     def own(policy, w): return adversary_loser(policy, w.z, w.eps, w.sigma, w.cond, adapters=("reference", "policy"))
     def elsewhere(policy, w): return of_adversary(policy, replace(w, eps=w.eps.flip(0)))
     def margins(loser):
-        with torch.no_grad(): g_w, g_l, *_ = gaps(policy, draw_made(winners, policy, 4, 32, 1, loser), energy)
-        return pair_margin(g_w, g_l)[:, 0].double()
+        with torch.no_grad(): gap, *_ = gaps(policy, draw_made(winners, policy, 4, 32, 1, loser), energy)
+        return pair_margin(gap[::2], gap[1::2]).double()
     for loser in (of_adversary, given):
         right = by_hand(policy, w, loser(policy, w), energy)
         assert torch.allclose(margins(loser), right, rtol=1e-2, atol=1e-6) and right.abs().min() > 1e-5
