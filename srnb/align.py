@@ -103,7 +103,7 @@ class Work:
         what:str,         # names the draws
         seed:int|None=None, # None: of the run
     )->Callable:          # (step, part) -> Draw
-        "Micro-batches of the policy of the day"
+        "Micro-batches of the run, for the policy that it has at the time"
         run = self.run
         def batch(step, part):
             number = seed_at(run.seed if seed is None else seed, what, step, part)
@@ -355,11 +355,6 @@ class Run(Checked):
                              "BackboneOptions.train must be base or control")
 
     @property
-    def loops(self)->list[Loop]:
-        "Of every stage"
-        return [o for _, o in leaves(self).values() if isinstance(o, Loop)]
-
-    @property
     def samples(self)->bool: # of the training crops are needed
         return isinstance(self.method.winners, Top) or isinstance(self.method.losers, OfBank)
 
@@ -452,7 +447,8 @@ def align(
     run:Run, # everything that decides the result
 )->Path:     # its folder: config.json, log.parquet, adapter/, metrics.parquet, the banks
     "Prepare, train, evaluate before and after; resumes, and says so if it is already done"
-    method, out, state = run.method, Path(run.out), processes(*run.loops)
+    loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
+    method, out, state = run.method, Path(run.out), processes(*loops)
     work = claim(run, state)
     if work is None: return out
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m

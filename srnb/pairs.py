@@ -115,13 +115,13 @@ class Pairs:
     latents:dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False) # group -> z of whole candidates
 
 def pairs_of(
-    rows:Sequence[tuple], # (Group, winners (N,3,H,W) in [0, 1], losers alike) each
+    rows:Sequence[tuple], # of each group: the Group, its winners and its losers (N,3,H,W), [0, 1]
     weight:Tensor,        # (G,N,N), mean 1
 )->Pairs:
     "Winners and losers as bytes, with the inputs and prompts of their groups"
     groups, winners, losers = zip(*rows, strict=True)
-    lq, winners, losers = ([to_bytes(o) for o in part] for part in ([g.lq for g in groups], winners, losers))
-    return Pairs(lq, winners, losers, weight, text_ids(g.prompt for g in groups))
+    columns = ([to_bytes(o) for o in part] for part in ([g.lq for g in groups], winners, losers))
+    return Pairs(*columns, weight, text_ids(g.prompt for g in groups))
 
 def check_pairs(
     pairs,       # that a reader's function gave
@@ -281,22 +281,21 @@ def draw_loss(
     "Loss of the margins [Wallace+ 2024, eq. 14; DP2O-SR, loss; ASASR, eqs. 2, 18; Diffusion-DRO, eq. 15]"
     def loss(step, part):
         d = draw(step, part)
+        if link is None and d.weight is not None: raise ValueError("a draw with losers needs a link: Logistic or Hinge")
         if link is None: return energy(policy.residual(d.x, d.sigma, d.target, d.cond)), {}
         gap, now, ref = gaps(policy, d, energy)
-        if d.weight is None: # the policy's own fresh state would be the loser
+        if d.weight is None: # as if the policy's own fresh state lost
             drift = energy(now-ref).detach()
             values = link(-gap-drift)
-            return values, dict(gap_w=gap.mean().item(), drift=drift.mean().item(), open=_open(values))
+            return values, dict(gap_w=gap.mean().item(), drift=drift.mean().item(),
+                                open=(values > 0).float().mean().item())
         w, l = gap.reshape(len(d.weight), 2, -1).unbind(1)
         logs = diagnostics(now, ref, w, l, getattr(link, "kappa", 1.), energy)
         if isinstance(link, Hinge):
             del logs["saturated"]
-            logs["open"] = _open(link(group_margins(w, l)))
+            logs["open"] = (link(group_margins(w, l)) > 0).float().mean().item()
         return ranking_loss(w, l, link, d.weight), logs, w, l
     return loss
-
-def _open(values:Tensor)->float: # share of a hinge's losses that still train
-    return (values > 0).float().mean().item()
 
 def split_backward(
     policy:Policy,
