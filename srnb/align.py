@@ -52,14 +52,15 @@ class Work:
         self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
 
-    def inputs(self, groups:list[Group])->dict: # as `make_bank` and `make_outputs` take them
+    def inputs(self, groups:list[Group])->dict:
+        "Pairs and prompts, as `make_bank` and `make_outputs` take them"
         told = {o.id: o.prompt for o in groups} if self.run.data.prompts else None
         return dict(pairs=[(o.id, o.lq, o.gt) for o in groups], prompts=told)
 
     def sample(self, folder:Path, groups:list[Group], m:int)->Path:
         "A bank of the policy's samples; processes share the groups"
-        inputs = self.inputs(groups)
-        return make_bank(folder, self.policy, m=m, steps=self.steps, sampler=self.sampler, note=self.note, **inputs)
+        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note)
+        return make_bank(folder, self.policy, **how, **self.inputs(groups))
 
     @cached_property
     def bank(self)->Path: # of the training crops
@@ -91,7 +92,7 @@ class Work:
             told = next(o.prompt for o in groups if torch.equal(o.lq, lq[0]))
             with self.policy.using(): sr = self.policy.sample(lq, [0], self.steps, self.sampler, prompts=[told])
             return sr[:, 0]
-        folder = self.home/("outputs" if groups is self.crops else "held_out_outputs")
+        folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))
         return [read_group(folder, o.id) for o in groups]
@@ -127,13 +128,12 @@ class Work:
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
-    def renew(self, *adapters:Path)->None:
-        "A new policy: the base with the adapters that every policy has, and with these"
+    def renew(self, **adapters:Path)->None:
+        "A new policy: the base with the adapters that every policy has, and with these, name=folder"
         self.policy = None
         freed() # one backbone in memory
         self.policy = policy_of(self.run.base, self.run.data.prompts, self.device)
-        for name, folder in self.on.items(): load_adapter(self.policy, folder, name)
-        for folder in adapters: load_adapter(self.policy, folder)
+        for name, folder in (self.on | adapters).items(): load_adapter(self.policy, folder, name)
 
 # %% ../nbs/42_align.ipynb #42-align-008
 class Pictures(Checked):
@@ -185,7 +185,7 @@ class Bottom(OfBank):
     intra:bool = True        # weigh pairs within a group
     inter:bool = True        # weigh groups
     pairs:Callable|None = None # a function without arguments that gives Pairs, in place of the best and the worst
-    meets = Top,
+    meets = (Top,)
     def chosen(self, work):
         top = work.run.method.winners
         reward = work.rewards(top.frozen)
@@ -197,14 +197,14 @@ class Bottom(OfBank):
 @dataclass(frozen=True)
 class Samples(OfBank):
     "Each sample loses to its photograph: Diffusion-DPO without a rater"
-    meets = Photograph,
+    meets = (Photograph,)
     def chosen(self, work):
         rows = [(g, g.gt[None], sr[None]) for g in work.samples() for sr in g.sr]
         return pairs_of(rows, torch.ones(len(rows), 1, 1))
 
 class Made(Losers):
     "A loser that a function makes from the winner's state"
-    meets = Photograph,
+    meets = (Photograph,)
     def __init_subclass__(cls):
         if cls.loser is Made.loser:
             raise TypeError(f"{cls.__name__} makes losers and does not say how: write loser(self, work, groups)")
@@ -466,7 +466,7 @@ def align(
     loss = backward = memory = None # they hold the policy
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
-        work.renew(out/folder)
+        work.renew(policy=out/folder)
         banks[variant] = work.sample(out/f"bank-{variant}", work.probes, m)
     with state.main_process_first(): # one process judges, the others find the work done
         if not run_done(out): judge(work, banks)

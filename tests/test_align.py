@@ -167,7 +167,7 @@ def test_every_combination(config, tmp_path, banks, drawn, winners, losers, link
     "Bank, training within a budget, two ends, metrics; the bank is drawn once for all; a second call does nothing"
     needed = ["bank", "before-2"]
     if isinstance(losers, (Given, Adversary)): needed += ["outputs"]
-    if isinstance(losers, Given): needed += ["held_out_outputs"]
+    if type(losers) is Given: needed += ["held_out_outputs"]
     missing = [n for n in needed if not (banks/n).exists()] # two crops or photographs each
     method = Method(SobolevEnergy(1.5*isinstance(losers, (Adversary, Riesz, Samples))), winners, losers, link)
     run = replace(config, out=str(tmp_path/"run"), banks=str(banks), method=method, drift=1e-9, budget=10**9)
