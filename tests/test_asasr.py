@@ -15,7 +15,7 @@ from srnb.baselines import BASELINES
 from srnb.config import fill
 from srnb.core import RunOccupied, read_run, seed_of
 from srnb.curation import finished_groups, read_group
-from srnb.pairs import Logistic, draw_made, draw_winners, gaps, given_loser, preference_loss
+from srnb.pairs import Logistic, draw_loss, draw_made, draw_winners, gaps, given_loser
 from srnb.policies import Policy, from_pretrained, load_adapter
 from srnb.preference import pair_margin
 from srnb.rewards import luma
@@ -69,12 +69,12 @@ def test_killed_and_resumed(whole, config, tmp_path, deadly):
     the result is the same"""
     run, (count, calls, die) = replace(config, out=str(tmp_path/"cut")), deadly
     count(Policy, "sample")
-    for name in ("draw_winners", "draw_made"): count(srnb.align, name)
+    for name in ("draw_alone", "draw_made"): count(srnb.align, name)
     stages = [ # before this call of all
-        ("draw_winners", 3), # of the reference: steps 0 1 2 | 2 3
+        ("draw_alone", 3), # of the reference: steps 0 1 2 | 2 3
         ("sample", 1), # of two before
         ("sample", 3), # of the base's two outputs
-        ("draw_winners", 3+2+3), # of the adversary: steps 0 1 2 | 2 3
+        ("draw_alone", 3+2+3), # of the adversary: steps 0 1 2 | 2 3
         ("draw_made", 3), # of the policy: steps 0 1 2 | 2 3 4 5
         ("sample", 5)] # of two after
     for what, n in stages:
@@ -84,7 +84,7 @@ def test_killed_and_resumed(whole, config, tmp_path, deadly):
         assert calls[what] == n
     die.clear()
     same_result(align(run), whole)
-    once = dict(sample=6, draw_winners=5+5, draw_made=7+2*2) # of two held-out photographs before and after the last end
+    once = dict(sample=6, draw_alone=5+5, draw_made=7+2*2) # of two held-out photographs before and after the last end
     assert {k: calls[k] for k in once} == once
     align(run)
     assert {k: calls[k] for k in once} == once # done: nothing runs
@@ -150,7 +150,7 @@ def test_the_adversary_is_not_trained(whole, config):
     params = policy.add_lora(2)
     winners = photographs(whole/"outputs")
     def draw(step, part): return draw_made(winners, policy, 2, 32, 1, of_adversary)
-    values, *_ = preference_loss(draw, policy, Logistic(1000.), SobolevEnergy(1.5))(0, 0)
+    values, *_ = draw_loss(draw, policy, Logistic(1000.), SobolevEnergy(1.5))(0, 0)
     values.mean().backward()
     assert {id(p) for p in policy.net.parameters() if p.grad is not None} == {id(p) for p in params}
     before = draw(0, 0)
@@ -188,8 +188,8 @@ def test_margins_by_hand(moved, whole):
     def own(policy, w): return adversary_loser(policy, w.z, w.eps, w.sigma, w.cond, adapters=("reference", "policy"))
     def elsewhere(policy, w): return of_adversary(policy, replace(w, eps=w.eps.flip(0)))
     def margins(loser):
-        with torch.no_grad(): g_w, g_l, *_ = gaps(policy, draw_made(winners, policy, 4, 32, 1, loser), energy)
-        return pair_margin(g_w, g_l)[:, 0].double()
+        with torch.no_grad(): gap, *_ = gaps(policy, draw_made(winners, policy, 4, 32, 1, loser), energy)
+        return pair_margin(gap[::2], gap[1::2]).double()
     for loser in (of_adversary, given):
         right = by_hand(policy, w, loser(policy, w), energy)
         assert torch.allclose(margins(loser), right, rtol=1e-2, atol=1e-6) and right.abs().min() > 1e-5
@@ -205,11 +205,10 @@ def test_held_out_preference(moved, whole, config):
     probes = groups_of(whole/"before") # samples in place of other models' outputs
     run = replace(config, method=method, out=str(whole))
     work = Work(run, policy, [], [(o.id, o.lq, o.gt) for o in probes])
-    work.outputs = lambda names, held_out: probes
+    work.outputs = lambda names, groups: probes
     table = held_out_preference(work, draws=3).set_index(["image", "metric"]).value
-    for k, o in enumerate(probes):
+    for o in probes:
         w = draw_winners([replace(o, sr=o.gt[None])], policy, 3, 32, seed_of("held out", o.id))
-        w = replace(w, where=tuple((k, box) for _, box in w.where))
         margin = by_hand(policy, w, given_loser(probes)(policy, w), method.energy)
         assert abs(table[o.id, "preference_loss"]-torch.log1p((-1e3*margin).exp()).mean().item()) < 1e-3
         assert table[o.id, "accuracy"] == pytest.approx((margin > 0).double().mean().item())

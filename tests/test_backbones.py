@@ -12,14 +12,14 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
-from srnb.align import DP2O, Run, Top, align
+from srnb.align import DP2O, Run, Top, Work, align
 from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
 from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, group_seeds, read_group
 from srnb.data import embedded_photos
-from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, alone, draw_made, draw_pairs, draw_winners, given_loser,
-                        preference_loss, split_backward, supervised_loss)
+from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, draw_alone, draw_loss, draw_made, draw_pairs, given_loser,
+                        split_backward)
 from srnb.paths import Shift
 from srnb.plan import DoesNotFit
 from srnb.policies import load_adapter, text_ids
@@ -63,14 +63,14 @@ def of(pairs, policy): return lambda step, part: draw_pairs(pairs, policy, 1, 64
 def steps_of(method, policy): # -> loss, backward, memory, value at the start (None: not known)
     photographs = [replace(o, sr=o.gt[None]) for o in groups()]
     if method == "sft":
-        loss = supervised_loss(lambda step, part: alone(draw_winners(photographs, policy, 2, 64, step), policy), policy)
+        loss = draw_loss(lambda step, part: draw_alone(photographs, policy, 2, 64, step), policy)
         return loss, None, None, None
-    if method == "dp2o": return preference_loss(of(pairs(), policy), policy, Logistic(100.)), None, None, math.log(2)
+    if method == "dp2o": return draw_loss(of(pairs(), policy), policy, Logistic(100.)), None, None, math.log(2)
     if method == "asasr":
         def draw(step, part): return draw_made(photographs, policy, 2, 64, step, given_loser(groups()))
-        return preference_loss(draw, policy, Logistic(100.), SobolevEnergy(1.5)), None, None, math.log(2)
+        return draw_loss(draw, policy, Logistic(100.), SobolevEnergy(1.5)), None, None, math.log(2)
     draw = OnlineDraw(groups(), policy, 2, 64, 0, cells=2, every=1, capacity=2, refresh=2)
-    loss = preference_loss(draw, policy, Hinge(.001))
+    loss = draw_loss(draw, policy, Hinge(.001))
     return loss, split_backward(policy, safeguard=False), draw, .001 # the gate: both gaps are 0
 
 
@@ -102,7 +102,7 @@ def test_every_gradient(folders, kind):
     "What is trained of a whole control branch has a gradient: several processes would wait for one that never comes"
     policy = backbone(folders, kind, train="whole", checkpointing=True)
     params = policy.add_copy("controlnet")
-    preference_loss(of(pairs(), policy), policy, Logistic(100.))(0, 0)[0].mean().backward()
+    draw_loss(of(pairs(), policy), policy, Logistic(100.))(0, 0)[0].mean().backward()
     named = {n: p for n, p in policy.net.named_parameters() if p.requires_grad}
     assert [n for n, p in named.items() if p.grad is None] == []
     assert {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
@@ -114,7 +114,7 @@ def test_learns(folders):
     white = Pairs(filled(128, 3, 16, 16), filled(255, 2, 3, 64, 64), filled(0, 2, 3, 64, 64), torch.ones(1, 2, 2))
     policy = backbone(folders, "flux")
     opt = torch.optim.Adam(policy.add_lora(8), 3e-3)
-    loss = preference_loss(of(white, policy), policy, Logistic(50.))
+    loss = draw_loss(of(white, policy), policy, Logistic(50.))
     for k in range(12):
         values, logs, *_ = loss(k, 0)
         opt.zero_grad()
@@ -122,6 +122,18 @@ def test_learns(folders):
         opt.step()
     assert logs["gap_w"] < logs["gap_l"] and values.mean() < math.log(2)
     assert len(white.latents) == 1 # the candidates were encoded once
+
+
+def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_path):
+    "In losers that other models give, too; of the photograph and not of its neighbour"
+    (tmp_path/"prompts.json").write_text(json.dumps(dict(p0="", p1="a tree")))
+    policy, inputs = backbone(folders, "sd"), [(o.id, o.lq, o.gt) for o in groups()]
+    data, base = Data(size=64, prompts=str(tmp_path/"prompts.json")), Base(str(folders["sd"]), sample_steps=1)
+    work = Work(Run(str(tmp_path/"run"), data=data, base=base), policy, inputs, [])
+    empty, told = work.outputs(("base",), work.crops)
+    for o, prompt in ((empty, ""), (told, "a tree")):
+        assert torch.equal(o.sr, policy.sample(o.lq[None], [0], 1, prompts=[prompt])[0])
+    assert not torch.equal(told.sr, policy.sample(told.lq[None], [0], 1)[0])
 
 
 RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")]

@@ -215,6 +215,15 @@ def test_own_file_refused_before_any_work(config, mine, idle):
     assert not Path("x").exists()
 
 
+def test_prompts_that_nothing_reads_are_refused_before_any_work(config, tmp_path, monkeypatch, idle):
+    "A small policy takes empty prompts alone, and the run's folder is not made for others"
+    monkeypatch.chdir(tmp_path)
+    ids = [p.id for split in ("train", "held_out") for p in embedded_photos(split)[:2]]
+    Path("prompts.json").write_text(json.dumps(dict.fromkeys(ids, "a tree")))
+    with pytest.raises(ValueError, match="reads no text"): align(fill(config, dict(out="x", prompts="prompts.json")))
+    assert not Path("x").exists()
+
+
 # ---------------------------------------------------------------- preferences from a file
 
 PEOPLE = """

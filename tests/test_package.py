@@ -31,8 +31,8 @@ def test_import_is_cheap(root, clean_env):
 
 
 @pytest.mark.parametrize("line", [
-    "--help", "upscale -h", "upscale a.png", "upscale a/x.png b/x.png -o out", "upscal a", "upscale a/x.png -o b/x.png/",
-    "upscale a b -o out.png", "upscale a -o out --seed 1,1"])
+    "--help", "upscale -h", "upscale a.png", "upscale a/x.png b/x.png -o out", "upscal a",
+    "upscale a/x.png -o b/x.png/", "upscale a b -o out.png", "upscale a -o out --seed 1,1"])
 def test_what_is_wrong_with_a_line_is_said_without_torch(root, clean_env, tmp_path, line):
     code = f"""
 import os, sys
