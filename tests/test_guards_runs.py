@@ -26,13 +26,13 @@ from srnb.data import embedded_photos, find_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST, SEESR
 from srnb.nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
-from srnb.pairs import split_backward
+from srnb.pairs import Draw, Logistic, draw_loss, split_backward
 from srnb.paths import SAMPLERS, VPV, Shift
 from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_pretrained
 from srnb.rewards import (PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax, Reward, hybrid,
                           score_group)
 from srnb.runs import Data, record_of
-from srnb.spectral import l2_energy
+from srnb.spectral import SobolevEnergy, l2_energy
 from srnb.train import from_json, presets, train
 from srnb.training import Loop, fit, latest_checkpoint
 
@@ -760,6 +760,41 @@ def test_training_moves_towards_the_photograph_and_away_from_what_the_adversary_
         loser = policy.codec.decode(adversary_loser(policy, z, eps, sigma, cond), group.lq[None])
         found.append(margin(policy, group.lq, group.gt[None], loser))
     assert sum(found) > 0, found
+
+
+def test_the_adversary_imitates_upon_the_start(runs):
+    "Its estimate of the clean image is made by both adapters"
+    run = runs.base("asasr")
+    policy = load_adapter(from_pretrained(runs.world["tiny"]), run[1]/"reference"/"adapter", "reference")
+    load_adapter(policy, run[1]/"reference-adversary-3-0"/"adapter", "adversary", on=False)
+    group = read_group(run[1]/"outputs", finished_groups(run[1]/"outputs")[0])
+    z, cond = policy.codec.encode(group.gt[None], group.lq[None]), policy.encode(group.lq[None])
+    eps, sigma = torch.randn(z.shape, generator=generator(1)), torch.tensor([.5])
+    def estimate(*adapters):
+        x = policy.path.state(z, eps, sigma)
+        with policy.using(*adapters): return x-.5*policy.predict(x, sigma, cond)
+    losers, work = presets()["asasr"][1].method.losers, SimpleNamespace(on={"reference": None})
+    found = losers.loser(work, None)(policy, SimpleNamespace(z=z, eps=eps, sigma=sigma, cond=cond))
+    check_close(found, estimate("reference", "adversary"), atol=1e-6)
+    assert (found-estimate("adversary")).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("energy", [SobolevEnergy(1.5), SobolevEnergy(.5), l2_energy], ids=["1.5", ".5", "l2"])
+def test_margins_are_of_the_energy_that_was_named(runs, energy):
+    "The loss of one pair, away from the reference, by the four energies"
+    policy, g = from_pretrained(runs.world["tiny"]), generator(0)
+    for p in policy.add_lora(2): p.data.normal_(0, .3, generator=g)
+    x, target, lq = (torch.randn(2, 3, o, o, generator=g) for o in (32, 32, 8))
+    sigma, cond = torch.tensor([.3, .3]), policy.encode(lq.sigmoid())
+    def losses(energy):
+        with policy.reference(): ref = energy(policy.residual(x, sigma, target, cond))
+        gap_w, gap_l = energy(policy.residual(x, sigma, target, cond))-ref
+        return (1+(-50*(gap_l-gap_w)).exp()).log()
+    draw = Draw(x, sigma, target, cond, torch.ones(1, 1, 1))
+    values, *_ = draw_loss(lambda step, part: draw, policy, Logistic(50.), energy)(0, 0)
+    check_close(values[0], losses(energy), rtol=1e-3)
+    others = [o for o in (SobolevEnergy(1.5), SobolevEnergy(.5), l2_energy) if o != energy]
+    assert all((losses(o)-losses(energy)).abs() > 1e-2*losses(energy) for o in others)
 
 
 def logistic(kappa): return lambda o: (1+(-kappa*(o.gap_l-o.gap_w)).map(math.exp)).map(math.log)
