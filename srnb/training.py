@@ -7,7 +7,6 @@ __all__ = ['wsd', 'ema_decay', 'Loop', 'optimiser_of', 'processes', 'refuse_fsdp
            'Trainer', 'fit']
 
 # %% ../nbs/40_training.ipynb #40-training-004
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Checked
-from .core import progress, replace_file, write_json
+from .core import progress, replace_file
 from .plan import DoesNotFit
 
 # %% ../nbs/40_training.ipynb #40-training-007
@@ -113,14 +112,17 @@ def _fits(step:int)->Iterator[None]:
                          f"patch; srnb.plan says beforehand what fits ({str(e)[:160]})") from e
 
 # %% ../nbs/40_training.ipynb #40-training-015
-def _whole(p:Tensor)->Tensor: # of a parameter that FSDP has cut into pieces; every process must ask
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
+def _whole(tensors:dict[str, Tensor])->dict[str, Tensor]: # which FSDP may have cut into pieces; all processes must ask
+    def one(p): return p.full_tensor() if hasattr(p, "full_tensor") else p
+    return {n: one(p.detach()).contiguous() for n, p in tensors.items()}
 
-def _copy(p:Tensor, w:Tensor)->None: # whole weights into a parameter, which FSDP may have cut into pieces
-    if hasattr(p, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements)
-    with torch.no_grad(): p.copy_(w)
+def _copy(weights:dict[str, Tensor], into:dict[str, Tensor])->None: # whole weights; FSDP may have cut their places
+    for n, w in weights.items():
+        p = into[n]
+        if hasattr(p, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements)
+        with torch.no_grad(): p.copy_(w)
 
 def in_pieces(net:nn.Module)->bool: # whether FSDP has cut it
     "Whether no process holds the whole network"
@@ -134,134 +136,124 @@ def put(
     params = dict(net.named_parameters())
     if lost := sorted(set(weights)-set(params)):
         raise ValueError(f"the network has no parameter {lost[0]}: {len(lost)} of {len(weights)} weights have no place")
-    for n, w in weights.items(): _copy(params[n], w)
+    _copy(weights, params)
 
 # %% ../nbs/40_training.ipynb #40-training-017
 def latest_checkpoint(folder:str|Path)->Path|None:
     "The newest whole checkpoint of a run, if there is one"
     return max(Path(folder).glob("checkpoint-????????"), default=None)
 
-def _slim(accelerator)->None:
-    "Let checkpoints hold what training changes"
-    def changing(model):
-        names = ((n.removeprefix("module."), p) for n, p in model.named_parameters())
-        return {n: p for n, p in names if p.requires_grad or "lora_" in n}
-    def save(models, weights, folder):
-        if weights and accelerator.is_main_process:
-            trained = {n: p.detach().contiguous() for n, p in changing(models[0]).items()}
-            save_file(trained, Path(folder)/"trained.safetensors")
-        weights.clear()
-    def load(models, folder):
-        for model in models:
-            have = changing(model)
-            for n, w in load_file(Path(folder)/"trained.safetensors").items(): _copy(have[n], w)
-        models.clear()
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-def _merged(accelerator, sums:dict[str, list])->dict[str, list]: # of all processes, in process 0; nothing elsewhere
-    if accelerator.num_processes == 1: return sums
+def _gathered(items:list)->list: # of all processes, one after the other; all must ask
     from accelerate.utils import gather_object
-    every = gather_object([sums])
-    if not accelerator.is_main_process: return {}
-    return {n: [v for o in every for v in o.get(n, [])] for n in {n for o in every for n in o}}
+    return gather_object(items)
 
 # %% ../nbs/40_training.ipynb #40-training-019
 class Trainer:
-    "What `fit` holds from step to step"
-    def __init__(self, owner, loop:Loop, out:Path, memory=None):
+    "What `fit` holds from step to step; its arguments are those of `fit`"
+    def __init__(self, owner, loss:Callable, loop:Loop, out:Path, backward:Callable|None=None, memory=None):
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
         plain = [DistributedDataParallelKwargs(broadcast_buffers=False)] # no buffer ever changes
-        self.owner, self.loop, self.out, self.memory = owner, loop, out, memory
+        self.owner, self.loss, self.loop, self.out = owner, loss, loop, out
+        self.backward, self.memory = backward, memory
         self.accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
                                        log_with="tensorboard", project_dir=str(out), kwargs_handlers=plain)
         params = [p for p in owner.net.parameters() if p.requires_grad]
         if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
-        self.optimiser = optimiser_of(loop, params)
-        owner.net, self.optimiser = self.accelerator.prepare(owner.net, self.optimiser)
-        if not in_pieces(owner.net): _slim(self.accelerator) # FSDP writes its pieces itself
-        trained = {n: p for n, p in owner.net.named_parameters() if p.requires_grad} # FSDP puts its own in their place
-        self.names = {n.removeprefix("module."): p for n, p in trained.items()}
-        self.params = list(self.names.values())
-        self.average = {n: p.detach().clone() for n, p in self.names.items()} if loop.ema else {}
-        self.step, self.rows, self.sums = 0, [], {}
+        owner.net, self.optimiser = self.accelerator.prepare(owner.net, optimiser_of(loop, params))
+        named = {n.removeprefix("module."): p for n, p in owner.net.named_parameters()} # FSDP has put its own there
+        self.trained = {n: p for n, p in named.items() if p.requires_grad}
+        self.changing = {n: p for n, p in named.items() if p.requires_grad or "lora_" in n} # snapshots change, too
+        self.average = {n: p.detach().clone() for n, p in self.trained.items()} if loop.ema else {}
+        self.step, self.rows, self.notes = 0, [], [] # notes: what was logged since the last row
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.own = range(self.rank, loop.parts, self.world) # micro-batches of this process
+        self.accelerator.register_for_checkpointing(self)
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear()) # not the frozen
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def state_dict(self)->dict:
+        "What a checkpoint holds beside the optimiser"
+        remembered = {} if self.memory is None else self.memory.tensors()
+        return dict(step=self.step, rows=self.rows, notes=self.notes, changing=_whole(self.changing),
+                    average=_whole(self.average), memory=dict(_gathered([(n, o.cpu()) for n, o in remembered.items()])))
+
+    def load_state_dict(self, state:dict)->None:
+        "Take what `state_dict` gave"
+        self.step, self.rows = state["step"], state["rows"]
+        self.notes = state["notes"] if self.rank == 0 else []
+        _copy(state["changing"], self.changing)
+        _copy(state["average"], self.average)
+        if self.memory is not None: self.memory.restore(state["memory"])
 
     def resume(self)->None:
         "Take up where the newest checkpoint ended"
-        last = latest_checkpoint(self.out)
-        if last is not None:
+        if (last := latest_checkpoint(self.out)) is not None:
             self.accelerator.load_state(str(last))
-            state = json.loads((last/"loop.json").read_text())
-            self.step, self.rows = state["step"], state["rows"]
-            self.sums = state["sums"] if self.rank == 0 else {}
-            saved = load_file(last/"average.safetensors") if self.average else {}
-            for n, a in self.average.items(): _copy(a, saved[n])
-            remembered = {k: v for f in sorted(last.glob("memory-*.safetensors")) for k, v in load_file(f).items()}
-            if self.memory is not None: self.memory.restore(remembered)
             self.accelerator.print(f"resumed at step {self.step}")
         self.accelerator.init_trackers("logs")
 
-    def accumulate(self, k:int, part:int, loss:Callable, backward:Callable|None)->None:
+    def accumulate(self, part:int)->None:
         "Add a micro-batch's gradient; it stays in this process until the step's last micro-batch"
-        alone = self.world > 1 and (backward is not None or part != self.own[-1])
-        with _fits(k), self.accelerator.no_sync(self.owner.net) if alone else nullcontext():
-            values, logs, *apart = loss(k, part)
+        alone = self.backward is not None or part != self.own[-1]
+        with _fits(self.step), self.accelerator.no_sync(self.owner.net) if alone else nullcontext():
+            values, logs, *apart = self.loss(self.step, part)
             if not torch.isfinite(values).all():
-                raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
-            if backward is None: self.accelerator.backward(values.mean()/len(self.own))
-            else: logs = backward(values/self.loop.parts, logs, *apart)
-        for n, v in dict(logs, loss=values.mean().item()).items(): self.sums.setdefault(n, []).append(v)
+                raise FloatingPointError(f"the loss is not finite at step {self.step}: {values.tolist()}")
+            if self.backward is None: self.accelerator.backward(values.mean()/len(self.own))
+            else: logs = self.backward(values/self.loop.parts, logs, *apart)
+        self.notes.append(dict(logs, loss=values.mean().item()))
 
-    def update(self, k:int, summed:bool)->None:
-        "Clip, step, average; `summed`: gradients of the processes have yet to be added up"
+    def update(self)->None:
+        "Clip, step, average"
         for group in self.optimiser.param_groups:
-            group["lr"] = self.loop.lr*wsd(k, self.loop.steps, self.loop.warmup, self.loop.decay)
-        if summed and self.world > 1:
-            for p in self.params: p.grad = self.accelerator.reduce(p.grad, "sum")
-        norm = self.accelerator.clip_grad_norm_(self.params, self.loop.clip)
-        if self.rank == 0: self.sums.setdefault("grad_norm", []).append(float(norm))
-        with _fits(k): self.optimiser.step()
+            group["lr"] = self.loop.lr*wsd(self.step, self.loop.steps, self.loop.warmup, self.loop.decay)
+        if self.backward is not None and self.world > 1: # gradients of the processes have yet to be added up
+            for p in self.trained.values(): p.grad = self.accelerator.reduce(p.grad, "sum")
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.loop.clip)
+        if self.rank == 0: self.notes.append(dict(grad_norm=float(norm)))
+        with _fits(self.step): self.optimiser.step()
         self.optimiser.zero_grad()
-        d = ema_decay(k, self.loop.ema)
-        for n, a in self.average.items(): a.lerp_(self.names[n].detach(), 1-d)
+        d = ema_decay(self.step, self.loop.ema)
+        for n, a in self.average.items(): a.lerp_(self.trained[n].detach(), 1-d)
+        self.step += 1
 
-    def log(self, done:int)->None:
+    def gather(self)->None:
+        "Process 0 takes the notes of all"
+        every = _gathered(self.notes)
+        self.notes = every if self.rank == 0 else []
+
+    def log(self)->None:
         "A row of means since the last one"
-        if self.rank == 0: self.rows.append(dict(step=done, **{n: sum(v)/len(v) for n, v in self.sums.items()}))
-        self.accelerator.log({n: sum(v)/len(v) for n, v in self.sums.items()}, step=done)
-        self.sums = {}
+        values = {}
+        for note in self.notes:
+            for n, v in note.items(): values.setdefault(n, []).append(v)
+        means = {n: sum(v)/len(v) for n, v in values.items()}
+        if self.rank == 0: self.rows.append(dict(step=self.step, **means))
+        self.accelerator.log(means, step=self.step)
+        self.notes = []
 
-    def keep(self, done:int)->None:
+    def keep(self)->None:
         "A copy of the trained weights that stays"
-        copy = {n: _whole(p.detach()).contiguous() for n, p in self.names.items()}
-        if self.rank == 0: replace_file(self.out/"kept"/f"{done:08d}.safetensors", lambda tmp: save_file(copy, tmp))
+        copy = _whole(self.trained)
+        if self.rank == 0:
+            replace_file(self.out/"kept"/f"{self.step:08d}.safetensors", lambda tmp: save_file(copy, tmp))
         self.accelerator.wait_for_everyone() # others may read it
 
-    def save(self, done:int)->None:
+    def save(self)->None:
         "A checkpoint, beside the old one and then in its place"
-        part, accelerator = self.out/f".part-{done:08d}", self.accelerator
-        if self.rank == 0: shutil.rmtree(part, ignore_errors=True) # of a run that was killed here
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(part))
-        if self.memory is not None: save_file(self.memory.tensors(), part/f"memory-{self.rank}.safetensors")
-        accelerator.wait_for_everyone() # all have written
-        average = {n: _whole(a).contiguous() for n, a in self.average.items()}
+        part, old = self.out/f".part-{self.step:08d}", list(self.out.glob("checkpoint-*"))
+        self.accelerator.save_state(str(part)) # over what a run left that was killed here
+        self.accelerator.wait_for_everyone() # all have written
         if self.rank == 0:
-            if average: save_file(average, part/"average.safetensors")
-            write_json(part/"loop.json", dict(step=done, rows=self.rows, sums=self.sums))
-            old = list(self.out.glob("checkpoint-*"))
-            part.rename(self.out/f"checkpoint-{done:08d}")
+            part.rename(self.out/f"checkpoint-{self.step:08d}")
             for o in old: shutil.rmtree(o)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def result(self)->tuple[dict[str, Tensor], pd.DataFrame]:
         "The averaged weights, which the network then has, and the log"
         for tracker in self.accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
-        found = self.average or {n: p.detach() for n, p in self.names.items()}
-        weights = {n: _whole(p).cpu().clone() for n, p in found.items()}
+        weights = {n: w.cpu().clone() for n, w in _whole(self.average or self.trained).items()}
         if not in_pieces(self.owner.net):
             self.owner.net = self.accelerator.unwrap_model(self.owner.net)
             put(self.owner.net, weights)
@@ -278,16 +270,15 @@ def fit(
     memory=None,                 # what the loss remembers: `tensors()` gives it, `restore(tensors)` takes it
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, which the network then has; log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
-    t = Trainer(owner, loop, Path(out_dir), memory)
+    t = Trainer(owner, loss, loop, Path(out_dir), backward, memory)
     t.resume()
     def note(): return f"loss {t.rows[-1]['loss']:.4f}" if t.rows else ""
-    for k in progress(range(t.step, loop.steps), "steps", total=loop.steps, start=t.step, note=note):
-        for part in t.own: t.accumulate(k, part, loss, backward)
-        t.update(k, summed=backward is not None)
-        done = k+1
-        logged, saved = (done % every == 0 or done == loop.steps for every in (loop.log_every, loop.save_every))
-        if logged or saved: t.sums = _merged(t.accelerator, t.sums)
-        if logged: t.log(done)
-        if loop.keep_every and done % loop.keep_every == 0: t.keep(done)
-        if saved: t.save(done)
+    for _ in progress(range(t.step, loop.steps), "steps", total=loop.steps, start=t.step, note=note):
+        for part in t.own: t.accumulate(part)
+        t.update()
+        logged, saved = (t.step % every == 0 or t.step == loop.steps for every in (loop.log_every, loop.save_every))
+        if logged or saved: t.gather()
+        if logged: t.log()
+        if loop.keep_every and t.step % loop.keep_every == 0: t.keep()
+        if saved: t.save()
     return t.result()
