@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wsd', 'ema_decay', 'Loop', 'optimiser_of', 'processes', 'refuse_fsdp', 'in_pieces', 'put', 'latest_checkpoint',
-           'Trainer', 'fit']
+           'State', 'fit']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import os
@@ -147,118 +147,63 @@ def _gathered(items:list)->list: # of all processes, one after the other; all mu
     from accelerate.utils import gather_object
     return gather_object(items)
 
-# %% ../nbs/40_training.ipynb #40-training-019
-class Trainer:
-    "What `fit` holds from step to step; its arguments are those of `fit`"
-    def __init__(self, owner, loss:Callable, loop:Loop, out:Path, backward:Callable|None=None, memory=None):
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-        plain = [DistributedDataParallelKwargs(broadcast_buffers=False)] # no buffer ever changes
-        self.owner, self.loss, self.loop, self.out = owner, loss, loop, out
-        self.backward, self.memory = backward, memory
-        self.accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
-                                       log_with="tensorboard", project_dir=str(out), kwargs_handlers=plain)
-        params = [p for p in owner.net.parameters() if p.requires_grad]
-        if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
-        owner.net, self.optimiser = self.accelerator.prepare(owner.net, optimiser_of(loop, params))
-        named = {n.removeprefix("module."): p for n, p in owner.net.named_parameters()} # FSDP has put its own there
+class State:
+    "Where a run is, the same in all processes: what a checkpoint holds beside the optimiser"
+    def __init__(self, net:nn.Module, loop:Loop, memory=None):
+        named = {n.removeprefix("module."): p for n, p in net.named_parameters()}
         self.trained = {n: p for n, p in named.items() if p.requires_grad}
         self.changing = {n: p for n, p in named.items() if p.requires_grad or "lora_" in n} # snapshots change, too
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if loop.ema else {}
-        self.step, self.rows, self.notes = 0, [], [] # notes: what was logged since the last row
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.own = range(self.rank, loop.parts, self.world) # micro-batches of this process
-        self.accelerator.register_for_checkpointing(self)
-        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear()) # not the frozen
-        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.step, self.rows, self.notes, self.memory = 0, [], [], memory # notes: logged since the last row
 
     def state_dict(self)->dict:
-        "What a checkpoint holds beside the optimiser"
         remembered = {} if self.memory is None else self.memory.tensors()
         return dict(step=self.step, rows=self.rows, notes=self.notes, changing=_whole(self.changing),
                     average=_whole(self.average), memory=dict(_gathered([(n, o.cpu()) for n, o in remembered.items()])))
 
     def load_state_dict(self, state:dict)->None:
-        "Take what `state_dict` gave"
-        self.step, self.rows = state["step"], state["rows"]
-        self.notes = state["notes"] if self.rank == 0 else []
+        self.step, self.rows, self.notes = state["step"], state["rows"], state["notes"]
         _copy(state["changing"], self.changing)
         _copy(state["average"], self.average)
         if self.memory is not None: self.memory.restore(state["memory"])
 
-    def resume(self)->None:
-        "Take up where the newest checkpoint ended"
-        if (last := latest_checkpoint(self.out)) is not None:
-            self.accelerator.load_state(str(last))
-            self.accelerator.print(f"resumed at step {self.step}")
-        self.accelerator.init_trackers("logs")
-
-    def accumulate(self, part:int)->None:
-        "Add a micro-batch's gradient; it stays in this process until the step's last micro-batch"
-        alone = self.backward is not None or part != self.own[-1]
-        with _fits(self.step), self.accelerator.no_sync(self.owner.net) if alone else nullcontext():
-            values, logs, *apart = self.loss(self.step, part)
-            if not torch.isfinite(values).all():
-                raise FloatingPointError(f"the loss is not finite at step {self.step}: {values.tolist()}")
-            if self.backward is None: self.accelerator.backward(values.mean()/len(self.own))
-            else: logs = self.backward(values/self.loop.parts, logs, *apart)
-        self.notes.append(dict(logs, loss=values.mean().item()))
-
-    def update(self)->None:
-        "Clip, step, average"
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.loop.lr*wsd(self.step, self.loop.steps, self.loop.warmup, self.loop.decay)
-        if self.backward is not None and self.world > 1: # gradients of the processes have yet to be added up
-            for p in self.trained.values(): p.grad = self.accelerator.reduce(p.grad, "sum")
-        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.loop.clip)
-        if self.rank == 0: self.notes.append(dict(grad_norm=float(norm)))
-        with _fits(self.step): self.optimiser.step()
-        self.optimiser.zero_grad()
-        d = ema_decay(self.step, self.loop.ema)
-        for n, a in self.average.items(): a.lerp_(self.trained[n].detach(), 1-d)
-        self.step += 1
-
-    def gather(self)->None:
-        "Process 0 takes the notes of all"
-        every = _gathered(self.notes)
-        self.notes = every if self.rank == 0 else []
-
-    def log(self)->None:
-        "A row of means since the last one"
+    def row(self)->dict:
+        "Means of the notes since the last row: the next row of the log"
         values = {}
         for note in self.notes:
             for n, v in note.items(): values.setdefault(n, []).append(v)
-        means = {n: sum(v)/len(v) for n, v in values.items()}
-        if self.rank == 0: self.rows.append(dict(step=self.step, **means))
-        self.accelerator.log(means, step=self.step)
+        means = {n: sum(v)/len(v) for n, v in sorted(values.items())}
+        self.rows.append(dict(step=self.step, **means))
         self.notes = []
+        return means
 
-    def keep(self)->None:
-        "A copy of the trained weights that stays"
-        copy = _whole(self.trained)
-        if self.rank == 0:
-            replace_file(self.out/"kept"/f"{self.step:08d}.safetensors", lambda tmp: save_file(copy, tmp))
-        self.accelerator.wait_for_everyone() # others may read it
+# %% ../nbs/40_training.ipynb #40-training-019
+def _prepared(owner, loop:Loop, out:Path)->tuple: # accelerator and optimiser; the owner's network is wrapped
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+    plain = DistributedDataParallelKwargs(broadcast_buffers=False) # no buffer ever changes
+    accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
+                              log_with="tensorboard", project_dir=str(out), kwargs_handlers=[plain])
+    params = [p for p in owner.net.parameters() if p.requires_grad]
+    if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
+    owner.net, optimiser = accelerator.prepare(owner.net, optimiser_of(loop, params))
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear()) # the state has them
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    return accelerator, optimiser
 
-    def save(self)->None:
-        "A checkpoint, beside the old one and then in its place"
-        part, old = self.out/f".part-{self.step:08d}", list(self.out.glob("checkpoint-*"))
-        self.accelerator.save_state(str(part)) # over what a run left that was killed here
-        self.accelerator.wait_for_everyone() # all have written
-        if self.rank == 0:
-            part.rename(self.out/f"checkpoint-{self.step:08d}")
-            for o in old: shutil.rmtree(o)
-        self.accelerator.wait_for_everyone()
+def _keep(accelerator, file:Path, weights:dict[str, Tensor])->None: # all processes must ask, here and below
+    copy = _whole(weights)
+    if accelerator.is_main_process: replace_file(file, lambda tmp: save_file(copy, tmp))
+    accelerator.wait_for_everyone() # others may read it
 
-    def result(self)->tuple[dict[str, Tensor], pd.DataFrame]:
-        "The averaged weights, which the network then has, and the log"
-        for tracker in self.accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
-        weights = {n: w.cpu().clone() for n, w in _whole(self.average or self.trained).items()}
-        if not in_pieces(self.owner.net):
-            self.owner.net = self.accelerator.unwrap_model(self.owner.net)
-            put(self.owner.net, weights)
-        columns = sorted({n for r in self.rows for n in r}-{"step"})
-        return weights, pd.DataFrame(self.rows, columns=["step", *columns])
+def _save(accelerator, out:Path, step:int)->None:
+    part, old = out/f".part-{step:08d}", list(out.glob("checkpoint-*"))
+    accelerator.save_state(str(part)) # over what a run left that was killed here
+    accelerator.wait_for_everyone() # all have written
+    if accelerator.is_main_process:
+        part.rename(out/f"checkpoint-{step:08d}")
+        for o in old: shutil.rmtree(o)
+    accelerator.wait_for_everyone()
 
 # %% ../nbs/40_training.ipynb #40-training-020
 def fit(
@@ -270,15 +215,49 @@ def fit(
     memory=None,                 # what the loss remembers: `tensors()` gives it, `restore(tensors)` takes it
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, which the network then has; log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
-    t = Trainer(owner, loss, loop, Path(out_dir), backward, memory)
-    t.resume()
-    def note(): return f"loss {t.rows[-1]['loss']:.4f}" if t.rows else ""
-    for _ in progress(range(t.step, loop.steps), "steps", total=loop.steps, start=t.step, note=note):
-        for part in t.own: t.accumulate(part)
-        t.update()
-        logged, saved = (t.step % every == 0 or t.step == loop.steps for every in (loop.log_every, loop.save_every))
-        if logged or saved: t.gather()
-        if logged: t.log()
-        if loop.keep_every and t.step % loop.keep_every == 0: t.keep()
-        if saved: t.save()
-    return t.result()
+    out = Path(out_dir)
+    accelerator, optimiser = _prepared(owner, loop, out)
+    own = range(accelerator.process_index, loop.parts, accelerator.num_processes) # micro-batches of this process
+    state = State(owner.net, loop, memory) # FSDP has put parameters of its own into the network
+    accelerator.register_for_checkpointing(state)
+    if (last := latest_checkpoint(out)) is not None:
+        accelerator.load_state(str(last))
+        accelerator.print(f"resumed at step {state.step}")
+    accelerator.init_trackers("logs")
+
+    def accumulate(k, part): # a gradient, which stays in this process until the step's last micro-batch
+        alone = backward is not None or part != own[-1]
+        with _fits(k), accelerator.no_sync(owner.net) if alone else nullcontext():
+            values, logs, *apart = loss(k, part)
+            if not torch.isfinite(values).all():
+                raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
+            if backward is None: accelerator.backward(values.mean()/len(own))
+            else: logs = backward(values/loop.parts, logs, *apart)
+        return dict(logs, loss=values.mean().item())
+
+    def update(k): # clip, step, average
+        for group in optimiser.param_groups: group["lr"] = loop.lr*wsd(k, loop.steps, loop.warmup, loop.decay)
+        if backward is not None and accelerator.num_processes > 1: # gradients have yet to be added up
+            for p in state.trained.values(): p.grad = accelerator.reduce(p.grad, "sum")
+        norm = accelerator.clip_grad_norm_(state.trained.values(), loop.clip)
+        with _fits(k): optimiser.step()
+        optimiser.zero_grad()
+        d = ema_decay(k, loop.ema)
+        for n, a in state.average.items(): a.lerp_(state.trained[n].detach(), 1-d)
+        return dict(grad_norm=float(norm))
+
+    def note(): return f"loss {state.rows[-1]['loss']:.4f}" if state.rows else ""
+    for k in progress(range(state.step, loop.steps), "steps", total=loop.steps, start=state.step, note=note):
+        state.notes += [*_gathered([accumulate(k, part) for part in own]), update(k)]
+        done = state.step = k+1
+        if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
+        if loop.keep_every and done % loop.keep_every == 0:
+            _keep(accelerator, out/"kept"/f"{done:08d}.safetensors", state.trained)
+        if done % loop.save_every == 0 or done == loop.steps: _save(accelerator, out, done)
+
+    for tracker in accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
+    weights = {n: w.cpu().clone() for n, w in _whole(state.average or state.trained).items()}
+    if not in_pieces(owner.net):
+        owner.net = accelerator.unwrap_model(owner.net)
+        put(owner.net, weights)
+    return weights, pd.DataFrame(state.rows)
