@@ -160,12 +160,10 @@ def small_policy(
     name:str|Callable,     # in SHIPPED, the folder of a policy, `file.py:NAME`: a Policy or what gives one; or this
     where:str,             # field that names it
     dtype:torch.dtype,     # of the network's arithmetic
-    path=None,             # to run it on; None: the one it has
-    device:str|torch.device="cpu",
     seed:int=0,            # of the weights that a function draws
 )->Policy:                 # a new one at every call
     "The policy that a config names"
-    if not callable(name) and not own_file(name): return from_pretrained(name, path, dtype, device)
+    if not callable(name) and not own_file(name): return from_pretrained(name, dtype=dtype)
     # a file as the config has read it, even if it has changed since
     found = name if callable(name) else from_file(name, where, again=False)
     with torch.random.fork_rng():
@@ -177,7 +175,7 @@ def small_policy(
     if "policy" in policy.adapters:
         raise ValueError(f"{where}: {name} carries an adapter 'policy', the name of the one that runs train; make a "
                          "new Policy at every call")
-    policy.net, policy.path, policy.dtype = policy.net.to(device), path or policy.path, dtype
+    policy.dtype = dtype
     return policy
 
 def check_readable(
@@ -204,8 +202,8 @@ def policy_of(
         return load_backbone(base.backbone, base.options, path, dtype, device, told)
     if base.options != BackboneOptions():
         raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
-    policy = small_policy(base.backbone, "Base.backbone", dtype, path, device)
-    policy.net.eval() # policy and reference are one function
+    policy = small_policy(base.backbone, "Base.backbone", dtype)
+    policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # policy and reference are one function
     return policy
 
 def freed()->None:
