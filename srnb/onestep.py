@@ -43,45 +43,40 @@ from .training import Loop, fit, processes, put, refuse_fsdp
 def sft_loss(
     pool:PatchPool,
     policy:Policy, # whose network is trained
-    n:int,         # samples of a micro-batch
-    patch:int,     # pixels
-    seed:int,      # of the run
+    run,           # with batch, patch and seed
 )->Callable:       # (step, part) -> (values (n,), logs), for `fit`
     "Mean square errors of the prediction and, where there is that head, of the regressed mean, added [ASASR, eq. 2]"
     head, path = "return_mean" in signature(policy.net.forward).parameters, policy.path
     def loss(step, part):
-        g = generator(seed_at(seed, "sft", step, part))
-        lq, gt = pool.batch(n, patch, g)
+        g = generator(seed_at(run.seed, "sft", step, part))
+        lq, gt = pool.batch(run.batch, run.patch, g)
         z = policy.codec.encode(gt, lq)
-        sigma, eps = path.draw_sigma(n, g), torch.randn(z.shape, generator=g)
+        sigma, eps = path.draw_sigma(run.batch, g), torch.randn(z.shape, generator=g)
         drawn = path.state(z, eps, sigma), sigma, path.target(z, eps, sigma), lq
         x, sigma, target, lq = (o.to(policy.device) for o in drawn)
-        if not head:
-            flow = l2_energy(policy.residual(x, sigma, target, policy.encode(lq)))
-            return flow, dict(flow=flow.mean().item())
-        with policy.autocast(): v, mean = policy.net(x, sigma, lq, return_mean=True)
-        z = path.estimates(x, target, sigma)[0]
-        flow, mean = l2_energy(v.float()-target), l2_energy(mean.float()-z)
-        return flow + mean, dict(flow=flow.mean().item(), mean=mean.mean().item())
+        if head:
+            with policy.autocast(): v, mean = policy.net(x, sigma, lq, return_mean=True)
+            z = path.estimates(x, target, sigma)[0]
+            terms = dict(flow=l2_energy(v.float()-target), mean=l2_energy(mean.float()-z))
+        else: terms = dict(flow=l2_energy(policy.residual(x, sigma, target, policy.encode(lq))))
+        return sum(terms.values()), {n: o.mean().item() for n, o in terms.items()}
     return loss
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-009
 def onestep_batch(
     pool:PatchPool,
     policy:Policy,  # on residual shifting
-    n:int,          # patches
-    patch:int,      # pixels
-    window:int,     # side of what LPIPS sees, pixels
+    run,            # with batch, patch and window
     intervals:int,  # T
     seed:int,       # names the step
 )->tuple[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int, int]]: # z, eps, fresh eps (n,3,p,p), lq, i, place
     "What one step of consistency training draws; the place is (top, left, side) [CTMSR, Algorithms 1, 2]"
     g, nodes = generator(seed_of(seed, 0)), generator(seed_of(seed, "nodes"))
-    lq, gt = pool.batch(n, patch, g)
+    lq, gt = pool.batch(run.batch, run.patch, g)
     eps, fresh = torch.randn((2, *gt.shape), generator=g)
-    top, left = torch.randint(patch-window+1, (2,), generator=g).tolist()
+    top, left = torch.randint(run.patch-run.window+1, (2,), generator=g).tolist()
     drawn = (o.to(policy.device) for o in (policy.codec.encode(gt, lq), eps, fresh, lq))
-    return *drawn, torch.randint(intervals, (), generator=nodes).item(), (top, left, window)
+    return *drawn, torch.randint(intervals, (), generator=nodes).item(), (top, left, run.window)
 
 @dataclass(frozen=True)
 class Match(Checked):
@@ -104,19 +99,18 @@ class Match(Checked):
 def onestep_loss(
     pool:PatchPool,
     policy:Policy,           # whose network is trained
-    run,                     # with patch, window, batch, seed and lpips_weight
-    intervals:Callable,      # step -> T
+    run,                     # with patch, window, batch, seed, lpips_weight, first, last and loop
     lpips:Callable,          # (a, b) in [0, 1] -> (B,)
-    match:Match|None=None,   # the gap, its weight and what it weighs
+    match:Match|None=None,   # of stage 2; None: stage 1
     teacher:Callable|None=None, # step -> Policy, for the gap; None: consistency alone
-    stage:str="consistency", # names the draws
 )->Callable:                 # (step, part) -> (values (n,), logs), for `fit`
     "Consistency loss, and on it the matching loss of a gap [CTMSR, eq. 25]"
     def seen(a, b): # in the network's precision: LPIPS costs more than the small network
         with policy.autocast(): return lpips(a, b).float()
     def loss(step, part):
-        T, seed = intervals(step), seed_of(run.seed, stage, step, part)
-        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, run.batch, run.patch, run.window, T, seed)
+        T = run.last if match else intervals_at(step, run.loop.steps, run.first, run.last)
+        seed = seed_of(run.seed, "matching" if match else "consistency", step, part)
+        z, eps, fresh, lq, i, place = onestep_batch(pool, policy, run, T, seed)
         path, distance = policy.path_of(lq), perceptual_distance(seen, place, run.lpips_weight)
         def answers(policy): return lambda x, sigma: policy.predict(x, sigma, lq)
         value, z_hat = consistency_loss(answers(policy), path, z, eps, T, i, distance)
@@ -207,8 +201,7 @@ def train_base(
         net = SmallUNet(run.net).to(memory_format=torch.channels_last)
         return Policy(net, codec=ResidualCodec(round(scale, 4)))
     policy = run.policy(new)
-    loss = sft_loss(pool, policy, run.batch, run.patch, run.seed)
-    def learn(): return fit(policy, loss, run.loop, out)[1]
+    def learn(): return fit(policy, sft_loss(pool, policy, run), run.loop, out)[1]
     return train_network(run, said, policy, {p.sha256 for p in photos} | seen_by(run.init, policy), learn)
 
 def evaluate_base(
@@ -311,14 +304,12 @@ def train_ctmsr(
     def learn():
         home, folder, lpips = out/"stage1", out/"stage2", st_lpips_loss()
         if run.banks: home = Path(run.banks)/f"stage1-{seed_of(json.dumps(first, sort_keys=True)):016x}"
-        def falling(step): return intervals_at(step, run.loop.steps, run.first, run.last)
         with claimed(home, first): # another run that shares it waits
-            _, log = fit(policy, onestep_loss(pool, policy, run, falling, lpips), run.loop, home)
+            _, log = fit(policy, onestep_loss(pool, policy, run, lpips), run.loop, home)
         teacher, loop = None, match.match_loop
         if match.gap != "none":
             teacher, loop = teacher_of(policy, folder, match.refresh), replace(loop, keep_every=match.refresh)
-        loss = onestep_loss(pool, policy, run, lambda step: run.last, lpips, match, teacher, "matching")
-        _, more = fit(policy, loss, loop, folder)
+        _, more = fit(policy, onestep_loss(pool, policy, run, lpips, match, teacher), loop, folder)
         return pd.concat([log.assign(stage=1), more.assign(stage=2)], ignore_index=True)
     def judge():
         note = dict(degradation=record(run.degradation), size=run.size)

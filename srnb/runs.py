@@ -94,7 +94,7 @@ def photo_sets(
         raise ValueError(f"{len(train)} photographs to train on and {len(test)} held out: an interval needs at least 2 "
                          "held out; add photographs, or name a folder of them as held_out")
     check_disjoint(train, test)
-    return (train[:take], test[:take]) if take else (train, test)
+    return train[:take or None], test[:take or None]
 
 def seen_by(
     name:str|None,            # in SHIPPED, the folder of a policy, or a name of another kind; None: it has none

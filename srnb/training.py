@@ -82,7 +82,7 @@ def processes(
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed steps an optimiser of its own at every micro-batch, which this loop does not know: "
                          "launch with nbs/accelerate/ddp.yaml or fsdp.yaml")
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -148,7 +148,7 @@ def _gathered(items:list)->list: # of all processes, one after the other; all mu
     return gather_object(items)
 
 class State:
-    "Where a run is, the same in all processes: what a checkpoint holds beside the optimiser"
+    "Where a run is: what a checkpoint holds beside the optimiser"
     def __init__(self, net:nn.Module, loop:Loop, memory=None):
         named = {n.removeprefix("module."): p for n, p in net.named_parameters()}
         self.trained = {n: p for n, p in named.items() if p.requires_grad}
@@ -227,7 +227,7 @@ def fit(
 
     def accumulate(k, part): # a gradient, which stays in this process until the step's last micro-batch
         alone = backward is not None or part != own[-1]
-        with _fits(k), accelerator.no_sync(owner.net) if alone else nullcontext():
+        with accelerator.no_sync(owner.net) if alone else nullcontext():
             values, logs, *apart = loss(k, part)
             if not torch.isfinite(values).all():
                 raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
@@ -240,7 +240,7 @@ def fit(
         if backward is not None and accelerator.num_processes > 1: # gradients have yet to be added up
             for p in state.trained.values(): p.grad = accelerator.reduce(p.grad, "sum")
         norm = accelerator.clip_grad_norm_(state.trained.values(), loop.clip)
-        with _fits(k): optimiser.step()
+        optimiser.step()
         optimiser.zero_grad()
         d = ema_decay(k, loop.ema)
         for n, a in state.average.items(): a.lerp_(state.trained[n].detach(), 1-d)
@@ -248,7 +248,7 @@ def fit(
 
     def note(): return f"loss {state.rows[-1]['loss']:.4f}" if state.rows else ""
     for k in progress(range(state.step, loop.steps), "steps", total=loop.steps, start=state.step, note=note):
-        state.notes += [*_gathered([accumulate(k, part) for part in own]), update(k)]
+        with _fits(k): state.notes += [*_gathered([accumulate(k, part) for part in own]), update(k)]
         done = state.step = k+1
         if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
         if loop.keep_every and done % loop.keep_every == 0:

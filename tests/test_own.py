@@ -172,7 +172,7 @@ def test_own_network_is_trained(config, mine):
     assert set(params["stands_for"]) == {"my.py:base", "my.py:averaged"}
     policy = small_policy("my.py:trained", "init", torch.float32)
     pool = PatchPool(embedded_photos("train")[:1], RESSHIFT_TEST, 1, 160)
-    _, logs = sft_loss(pool, policy, 2, 32, 0)(0, 0)
+    _, logs = sft_loss(pool, policy, run)(0, 0)
     assert set(logs) == {"flow"} and 0 < logs["flow"] < 100
     assert len(read_run(align(fill(config, dict(out="dp2o", backbone="my.py:trained", steps=1))))[1])
     judges, match = ("psnr_y", "my.py:BRIGHT"), Match(refresh=1, match_loop=FEW)
