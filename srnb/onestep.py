@@ -261,14 +261,15 @@ class CTMSRRun(Patches):
 def teacher_of(
     policy:Policy, # as stage 2 starts
     folder:Path,   # of stage 2, where the loop keeps copies
-    refresh:int,   # steps between them
-)->Callable:       # step -> Policy; steps rise
-    "The network as it was at the last multiple of `refresh`"
+    match:Match,
+)->Callable|None:  # step -> Policy, for steps that rise; None: there is no gap
+    "The network as it was at the last multiple of `match.refresh`"
+    if match.gap == "none": return None
     frozen, held = deepcopy(policy), 0
     frozen.net.requires_grad_(False).eval()
     def at(step):
         nonlocal held
-        if (want := step//refresh*refresh) != held:
+        if (want := step//match.refresh*match.refresh) != held:
             put(frozen.net, load_file(folder/"kept"/f"{want:08d}.safetensors"))
             held = want
         return frozen
@@ -282,15 +283,13 @@ def train_ctmsr(
     processes(run.loop, match.match_loop)
     refuse_fsdp()
     check_available(run.judges, (run.size, run.size))
-    train, test = photo_sets(run.photos, run.held_out, run.take)
     def new():
         net = OneStepUNet(run.net).to(memory_format=torch.channels_last)
         return Policy(net, Shift(), Shift(), PixelCodec())
     policy = run.policy(new)
-    check_unseen(run.init, test, policy)
     if not isinstance(policy.path, Shift):
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
-    if run.size % policy.stride: raise ValueError(f"size must be a multiple of {policy.stride}, got {run.size}")
+    train, test = photo_sets(run, policy.stride, run.init, policy)
     seen = {p.sha256 for p in train} | seen_by(run.init, policy)
     partners = [hashlib.sha256(p.lq.read_bytes()).hexdigest() for p in train if p.lq] # of ready pairs
     stands_for = dict(start=fingerprint(policy), trained_on=f"{seed_of(*sorted(seen), *partners):016x}")
@@ -306,9 +305,8 @@ def train_ctmsr(
         if run.banks: home = Path(run.banks)/f"stage1-{seed_of(json.dumps(first, sort_keys=True)):016x}"
         with claimed(home, first): # another run that shares it waits
             _, log = fit(policy, onestep_loss(pool, policy, run, lpips), run.loop, home)
-        teacher, loop = None, match.match_loop
-        if match.gap != "none":
-            teacher, loop = teacher_of(policy, folder, match.refresh), replace(loop, keep_every=match.refresh)
+        teacher = teacher_of(policy, folder, match)
+        loop = replace(match.match_loop, keep_every=match.refresh if teacher else 0)
         _, more = fit(policy, onestep_loss(pool, policy, run, lpips, match, teacher), loop, folder)
         return pd.concat([log.assign(stage=1), more.assign(stage=2)], ignore_index=True)
     def judge():
