@@ -69,10 +69,9 @@ def optimiser_of(
     params, # that are trained
 )->torch.optim.Optimizer:
     "AdamW, or the one of bitsandbytes"
-    options = dict(lr=loop.lr, weight_decay=loop.weight_decay)
-    if loop.optimiser == "adamw": return torch.optim.AdamW(params, **options)
-    from bitsandbytes.optim import AdamW8bit
-    return AdamW8bit(params, **options)
+    if loop.optimiser == "adamw": from torch.optim import AdamW as kind
+    else: from bitsandbytes.optim import AdamW8bit as kind
+    return kind(params, lr=loop.lr, weight_decay=loop.weight_decay)
 
 # %% ../nbs/40_training.ipynb #40-training-013
 def processes(
