@@ -175,6 +175,7 @@ def train_network(
     state.wait_for_everyone()
     return out
 
+# %% ../nbs/43_onestep.ipynb #43-onestep-011b
 @dataclass(frozen=True)
 class BaseRun(Patches):
     "A supervised base from photographs"
