@@ -24,7 +24,7 @@ from torch import Tensor
 from .config import Checked, from_file, own_file, own_files, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
-from .core import generator, open_run, seed_of, write_json, write_table
+from .core import generator, seed_of, write_json, write_table
 from .curation import fingerprint, make_bank
 from .data import PatchPool, make_pair
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
@@ -150,6 +150,7 @@ class Patches(Checked):
         "What training starts from, with the stride checked"
         policy = small_policy(self.init or new, "init", dtype_of(self.precision), seed=self.seed)
         if own_file(self.init): check_readable(policy, self.init)
+        if not self.init: policy.net.to(memory_format=torch.channels_last)
         if self.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {self.patch}")
         return policy
@@ -163,16 +164,16 @@ def train_network(
     judge:Callable|None=None, # (), after the policy is written
 )->Path:             # the run's folder; the policy is in its folder `policy`
     "Claim the folder, train, write log and policy, judge it"
-    out, state = Path(run.out), processes()
-    with state.main_process_first(): open_run(out, said) # the inputs are good
-    policy.net = policy.net.to(state.device)
-    log = learn()
-    if state.is_main_process: # one process writes and judges
-        write_table(out/"log.parquet", log)
-        write_json(out/"policy"/"photos.json", sorted(seen))
-        save_pretrained(policy, out/"policy")
-        if judge: judge()
-    state.wait_for_everyone()
+    out = Path(run.out)
+    with claimed(out, said) as state: # the inputs are good
+        policy.net = policy.net.to(state.device)
+        log = learn()
+        if state.is_main_process: # one process writes and judges
+            write_table(out/"log.parquet", log)
+            write_json(out/"policy"/"photos.json", sorted(seen))
+            save_pretrained(policy, out/"policy")
+            if judge: judge()
+        state.wait_for_everyone()
     return out
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-011b
@@ -199,8 +200,7 @@ def train_base(
     def new():
         lq, gt = pool.batch(512, run.patch, generator(seed_of(run.seed, "scale")))
         scale = ResidualCodec(1.).encode(gt, lq).square().mean().sqrt().item()
-        net = SmallUNet(run.net).to(memory_format=torch.channels_last)
-        return Policy(net, codec=ResidualCodec(round(scale, 4)))
+        return Policy(SmallUNet(run.net), codec=ResidualCodec(round(scale, 4)))
     policy = run.policy(new)
     def learn(): return fit(policy, sft_loss(pool, policy, run), run.loop, out)[1]
     return train_network(run, said, policy, {p.sha256 for p in photos} | seen_by(run.init, policy), learn)
@@ -284,10 +284,7 @@ def train_ctmsr(
     processes(run.loop, match.match_loop)
     refuse_fsdp()
     check_available(run.judges, (run.size, run.size))
-    def new():
-        net = OneStepUNet(run.net).to(memory_format=torch.channels_last)
-        return Policy(net, Shift(), Shift(), PixelCodec())
-    policy = run.policy(new)
+    policy = run.policy(lambda: Policy(OneStepUNet(run.net), Shift(), Shift(), PixelCodec()))
     if not isinstance(policy.path, Shift):
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
     train, test = photo_sets(run, policy.stride, run.init, policy)

@@ -166,9 +166,9 @@ def small_policy(
     seed:int=0,            # of the weights that a function draws
 )->Policy:                 # a new one at every call
     "The policy that a config names"
-    if not callable(name) and not own_file(name): return from_pretrained(name, dtype=dtype)
-    # a file as the config has read it, even if it has changed since
-    found = name if callable(name) else from_file(name, where, again=False)
+    found = name
+    if own_file(name): found = from_file(name, where, again=False) # as the config has read it, even if it has changed
+    elif not callable(name): return from_pretrained(name, dtype=dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy = deepcopy(found) if isinstance(found, (Policy, nn.Module)) or not callable(found) else found()
@@ -230,17 +230,16 @@ def is_done(
 )->bool:
     "Whether a run has finished; RunOccupied if the folder holds another"
     if (out/"config.json").exists(): open_run(out, said)
-    done = (out/last).exists()
-    if done: print(f"{os.path.relpath(out)} is done")
+    if done := (out/last).exists(): print(f"{os.path.relpath(out)} is done")
     return done
 
 # %% ../nbs/41_runs.ipynb #41-runs-012
 @contextmanager
 def claimed(
-    folder:Path, # of a stage that runs may share
+    folder:Path, # of a run, or of a stage that runs may share
     note:dict,   # what decides its result
 )->Iterator:     # of the processes that work there together, as `processes` gives them
-    "Inside, no other run is in this folder; one that dies leaves it free. RunOccupied if it holds another stage"
+    "Inside, nobody else is in this folder; who dies leaves it free. RunOccupied if it holds something else"
     state = processes()
     with state.main_process_first(): open_run(folder, note)
     with FileLock(folder/".lock") if state.is_main_process else nullcontext():

@@ -85,8 +85,7 @@ def processes(
         raise ValueError("DeepSpeed steps an optimiser of its own at every micro-batch, which this loop does not know: "
                          "launch with nbs/accelerate/ddp.yaml or fsdp.yaml")
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    long = dict(timeout=timedelta(hours=12)) if world > 1 else {} # one encodes prompts and judges while the others wait
-    state = PartialState(cpu=cpu, **long)
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=12)) # one encodes prompts and judges while the others wait
     if world != state.num_processes:
         raise RuntimeError(f"WORLD_SIZE says that {world} processes work together, and Accelerate sees "
                            f"{state.num_processes}; start them by accelerate launch or torchrun")
@@ -138,9 +137,9 @@ def put(
     _copy(weights, params)
 
 # %% ../nbs/40_training.ipynb #40-training-017
-def latest_checkpoint(folder:str|Path)->Path|None:
+def latest_checkpoint(folder:Path)->Path|None:
     "The newest whole checkpoint of a run, if there is one"
-    return max(Path(folder).glob("checkpoint-????????"), default=None)
+    return max(folder.glob("checkpoint-????????"), default=None)
 
 def _gathered(items:list)->list: # of all processes, one after the other; all must ask
     from accelerate.utils import gather_object
