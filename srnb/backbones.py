@@ -530,6 +530,7 @@ def load_backbone(
     policy = Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     policy.settings += (options.max_tokens, options.tile_vae)
+    policy.name = source
     return policy
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-039

@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'Usage', 'plain', 'tell', 'reason', 'find_inputs', 'find_
 # %% ../nbs/62_command.ipynb #62-command-003
 import argparse
 import glob
+import json
 import os
 import signal
 import sys
@@ -125,10 +126,11 @@ def upscale_parser()->argparse.ArgumentParser:
     p.add_argument("inputs", nargs="+", metavar="IN", help="image file, folder (with what is below it) or pattern")
     p.add_argument("-o", "--out", required=True, metavar="OUT",
         help="folder for .png files, or a file name if there is one input")
-    p.add_argument("--model", default="onestep", metavar="NAME|FOLDER",
-        help="onestep (default), small, a saved policy's folder, or a backbone: a folder in diffusers' layout, or "
-             "owner/name on the Hub")
-    p.add_argument("--adapter", metavar="FOLDER", help="adapter to put on the model")
+    p.add_argument("--model", metavar="NAME|FOLDER",
+        help="onestep (default), small, the folder of a saved policy or of a run, or a backbone: a folder in "
+             "diffusers' layout, or owner/name on the Hub")
+    p.add_argument("--adapter", metavar="FOLDER",
+        help="of an adapter, or of the run that trained one; without --model it is put on the base that it names")
     p.add_argument("--tile", type=int, metavar="N",
         help="largest side of a tile in input pixels; by size and memory if not given")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
@@ -168,23 +170,38 @@ def _blaming(option:str)->Iterator[None]: # for whatever goes wrong inside
     try: yield
     except Exception as e: raise Usage(f"{option}: {reason(e)}") from e
 
-def _policy(args:argparse.Namespace): # the Policy that the command line names
+def _base(args:argparse.Namespace)->tuple: # name of the model, and options of a backbone or None
     from srnb.backbones import BackboneOptions, is_backbone
+    from srnb.config import revive
+    from srnb.policies import base_of
+    model, own = args.model, {}
+    if args.adapter is not None:
+        with _blaming(f"--adapter {args.adapter}"):
+            folder, base = base_of(args.adapter)
+            model, run = base if model is None else model, folder.parent/"config.json"
+            if model is None: raise ValueError("it does not say on which base it was trained; name that by --model")
+            said = json.loads(run.read_text()).get("params", {}) if run.is_file() and is_backbone(model) else {}
+            own = said.get("config", {}).get("base", {}).get("options", {}) # with which the run trained it
+    given = dict(control=args.control, guidance=args.guidance, tile_vae=args.tile_vae or None)
+    given = {k: v for k, v in given.items() if v is not None}
+    return "onestep" if model is None else model, revive(BackboneOptions, own | given) if own or given else None
+
+def _policy(args:argparse.Namespace): # the Policy that the command line names
+    from srnb.backbones import is_backbone
     from srnb.images import load_model
     from srnb.paths import Shift
     from srnb.policies import load_adapter
     if args.control is not None and not os.path.exists(args.control) and not is_backbone(args.control):
         raise Usage(f"--control {args.control}: no such file or folder, nor owner/name on the Hub")
-    asked = args.control is not None or args.guidance is not None or args.tile_vae
-    options = BackboneOptions(control=args.control, guidance=args.guidance, tile_vae=args.tile_vae) if asked else None
-    with _blaming(f"--model {args.model}"):
-        policy = load_model(args.model, args.dtype, args.device, options, [args.prompt] if args.prompt else [])
+    model, options = _base(args)
+    with _blaming(f"--model {model}"):
+        policy = load_model(model, args.dtype, args.device, options, [args.prompt] if args.prompt else [])
     if args.adapter is not None:
         with _blaming(f"--adapter {args.adapter}"): load_adapter(policy, args.adapter)
     if args.steps is not None:
         with _blaming("--steps"): policy.path.sigma_grid(args.steps)
     if args.sampler not in (None, "ddim") and isinstance(policy.path, Shift):
-        raise Usage(f"--sampler {args.sampler}: {args.model} shifts residuals, which takes ddim")
+        raise Usage(f"--sampler {args.sampler}: {model} shifts residuals, which takes ddim")
     return policy
 
 def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[str]]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_file', 'from_file', 'constants', 'name_of', 'nearest', 'family', 'coerced', 'Checked', 'record', 'own_files',
-           'revive', 'leaves', 'as_rows', 'fill', 'parameters']
+           'revive', 'leaves', 'as_rows', 'fill', 'parameters', 'checked_parameters']
 
 # %% ../nbs/05_config.ipynb #05-config-003
 import difflib
@@ -270,3 +270,17 @@ def parameters(
 )->dict:
     "What the parameters cells of a notebook have set: papermill's cell may bring names that the notebook does not know"
     return {k: v for k, v in space.items() if k not in before and not k.startswith("_") and k not in ("In", "Out")}
+
+def checked_parameters(
+    space:dict, # globals() of a notebook, after papermill's cell
+    before,     # names that were there before its parameters
+    own:dict,   # its parameters with their defaults
+    old:dict|None=None, # names that one once had, to answer with the new one
+)->dict:        # for `globals().update`
+    "The parameters of a notebook that has no run: each has a name that it knows and the type of its default"
+    def settled(name, value):
+        if name in (old or {}): raise ValueError(f"{name!r} is called {old[name]!r} now")
+        if name not in own: raise ValueError(f"there is no parameter {name!r}; {nearest(name, own)}")
+        kind = type(own[name])
+        return coerced(value, kind, name) if kind in (bool, int, float, str) else value
+    return {n: settled(n, v) for n, v in parameters(space, before).items() if n != "_own"}

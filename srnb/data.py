@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .core import bicubic, generator, progress, read_image, seed_of
+from .core import bicubic, generator, progress, read_image, seed_of, to_bytes
 from .degrade import Degradation, degradation_name, degrade
 
 # %% ../nbs/04_data.ipynb #04-data-008
@@ -230,8 +230,6 @@ def make_pair(
     return degrade(gt, degradation, generator(seed_of(photo.id, degradation_name(degradation), draw, place)), scale), gt
 
 # %% ../nbs/04_data.ipynb #04-data-045
-def _bytes(image:Tensor)->Tensor: return image.mul(255).round().byte() # [0, 1] to 0..255
-
 def shrink(
     image:Tensor,       # (3,H,W), [0, 1]
     max_side:int|None,  # pixels; None leaves the image as it is
@@ -276,8 +274,8 @@ class PatchPool:
                 gt = trim(image, 2*scale).contiguous()
                 lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation_name(degradation), k)), scale)
                       for k in range(versions)]
-            self.gt.append(_bytes(gt))
-            self.lq.append(_bytes(torch.stack(lq)))
+            self.gt.append(to_bytes(gt))
+            self.lq.append(to_bytes(torch.stack(lq)))
         self.area = list(accumulate(o.shape[1]*o.shape[2] for o in self.gt))
         self.smallest = min(range(len(self.gt)), key=lambda i: min(self.gt[i].shape[1:]))
 

@@ -127,6 +127,11 @@ def _encode(self,
     y = bicubic(lq, [self.config.scale*n for n in lq.shape[-2:]])*2 - 1
     return torch.cat([y, self.mean(lq).float()], 1)
 
+def _check_sides(x:Tensor, stride:int, cond:Tensor, factor:int, name:str)->None: # name: of cond
+    (h, w), sides = x.shape[-2:], tuple(cond.shape[-2:])
+    if h % stride or w % stride: raise ValueError(f"sides must be multiples of {stride} pixels, got {(h, w)}")
+    if (h, w) != tuple(factor*n for n in sides): raise ValueError(f"x {(h, w)} is not {factor} times {name} {sides}")
+
 def _features(self, x:Tensor, sigma:Tensor, cond:Tensor)->Tensor:
     "The network's own part F: `x` around its mean, about unit variance, (B,3,H,W); `cond` from `encode`"
     f = self.config.scale
@@ -142,13 +147,9 @@ def _forward(self,
     "Predicted velocity; sides must be multiples of the coarsest stride"
     if cond.shape[1] not in (3, 6):
         raise ValueError(f"cond must be lq (3 channels) or come from encode (6), got {cond.shape[1]} channels")
-    step, f = self.stride, self.config.scale if cond.shape[1] == 3 else 1
-    if x.shape[-2] % step or x.shape[-1] % step:
-        raise ValueError(f"sides must be multiples of {step} pixels, got {tuple(x.shape[-2:])}")
-    if any(a != f*b for a, b in zip(x.shape[-2:], cond.shape[-2:], strict=True)):
-        name = "lq" if f > 1 else "cond"
-        raise ValueError(f"x {tuple(x.shape[-2:])} is not {f} times {name} {tuple(cond.shape[-2:])}")
-    if cond.shape[1] == 3: cond = self.encode(cond)
+    encoded = cond.shape[1] == 6
+    _check_sides(x, self.stride, cond, 1 if encoded else self.config.scale, "cond" if encoded else "lq")
+    if not encoded: cond = self.encode(cond)
     mean, cond = cond[:, 3:], cond.detach()
     c_skip, c_out, c_in = (like_batch(c, x) for c in flow_scalings(sigma))
     x = x - like_batch(1-sigma, x)*cond[:, 3:]
@@ -187,10 +188,7 @@ class OneStep(nn.Module):
         cond:Tensor,  # (B,3,H/4,W/4) lq in [0, 1]
     )->Tensor:        # (B,3,H,W)
         "Predicted clean image; sides must be multiples of `stride`"
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"sides must be multiples of {self.stride} pixels, got {tuple(x.shape[-2:])}")
-        if any(a != self.config.scale*b for a, b in zip(x.shape[-2:], cond.shape[-2:], strict=True)):
-            raise ValueError(f"x {tuple(x.shape[-2:])} is not {self.config.scale} times lq {tuple(cond.shape[-2:])}")
+        _check_sides(x, self.stride, cond, self.config.scale, "lq")
         c_skip, c_out, c_noise = boundary_scalings(sigma)
         return like_batch(c_skip, x)*x + like_batch(c_out, x)*self.features(x, c_noise, cond)
 

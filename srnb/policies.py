@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'layers_of', 'parts_of',
-           'usual_dtype', 'save_pretrained', 'policy_folder', 'from_pretrained', 'save_adapter', 'load_adapter']
+           'usual_dtype', 'save_pretrained', 'policy_folder', 'check_policy', 'from_pretrained', 'base_print',
+           'save_adapter', 'base_of', 'load_adapter']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
+import hashlib
 import json
 import logging
 import math
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .config import nearest
 from .core import bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
 from .nets import load_net, save_net
 from .paths import SAMPLERS, Flow, Shift, convert, sample_ddim
@@ -86,6 +89,7 @@ class Policy:
         self.net, self.path, self.trained_on, self.codec = net, path, trained_on, codec
         self.dtype, self.sampler = dtype, sampler
         self.source = None # folder that it was read from, which may list what it has seen
+        self.name = None   # by which it was read; an adapter's file holds it
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
@@ -355,8 +359,22 @@ def save_pretrained(
 def policy_folder(
     name:str|Path, # a name in SHIPPED, or a folder
 )->Path:
-    "Where a policy lies"
-    return Path(str(files("srnb")))/"weights"/name if name in SHIPPED else Path(name)
+    "Where a policy lies; in a run's folder, the one that it has trained"
+    if name in SHIPPED: return Path(str(files("srnb")))/"weights"/name
+    return next((o for o in (Path(name)/"policy", Path(name)) if (o/"policy.json").is_file()), Path(name))
+
+def check_policy(
+    name:str|Path, # as a config or a command line has it
+    where:str="",  # for errors: the field
+)->None:
+    "Raise unless `from_pretrained` finds a policy under this name"
+    folder, where = policy_folder(name), f"{where}: " if where else ""
+    if (folder/"policy.json").is_file(): return
+    if (folder/"adapter").is_dir() or (folder/"adapter_config.json").exists():
+        raise ValueError(f"{where}{name} holds an adapter: name its base, and give this one as adapter")
+    wrong = "it holds no policy.json" if folder.is_dir() else "there is no such folder"
+    raise FileNotFoundError(f"{where}no policy {str(name)!r}: {wrong}; {nearest(name, SHIPPED)}, a folder "
+                            "that save_pretrained wrote, or that of a run which trained a policy")
 
 def from_pretrained(
     folder:str|Path="small",          # written by save_pretrained, or one of SHIPPED
@@ -366,7 +384,8 @@ def from_pretrained(
     net:type[nn.Module]|None=None,    # class of a network that is your own
 )->Policy:
     "Read a policy; it can run on any path of room 02"
-    folder = policy_folder(folder)
+    name, folder = str(folder), policy_folder(folder)
+    check_policy(name)
     net = load_net(folder, net)
     meta = json.loads((folder/"policy.json").read_text())
     try: trained_on, codec = _trained_on(meta["trained_on"])
@@ -376,45 +395,96 @@ def from_pretrained(
     net = net.to(device, memory_format=torch.channels_last)
     codec = codec(meta["scale"], net.config.scale)
     policy = Policy(net, path or trained_on, trained_on, codec, dtype, SAMPLERS[sampler])
-    policy.source = folder
+    policy.source, policy.name = folder, name
     return policy
 
 # %% ../nbs/11_policies.ipynb #11-policies-039
+def base_print(
+    policy:Policy, # with or without adapters, which do not count
+)->str:            # 16 hexadecimal digits
+    "What tells a base from others of its form: path, codec, and sixteen weights of every tensor, rounded to bfloat16"
+    h = hashlib.blake2b(repr((policy.trained_on, policy.codec)).encode(), digest_size=8)
+    own = re.compile(r"^module\.|\bbase_model\.model\.|\.base_layer\b|\.original_module\b")
+    weights = {own.sub("", n): p.detach() for n, p in policy.net.state_dict().items()
+               if "lora_" not in n and ".modules_to_save." not in n}
+    for n, p in sorted(weights.items()):
+        some = p.flatten()[::max(1, p.numel()//16)].float().bfloat16().float().cpu()
+        h.update(f"{n} {tuple(p.shape)}".encode() + some.numpy().tobytes())
+    return h.hexdigest()
+
+def _below(policy:Policy, name:str)->list[str]: # adapters that were on when this one was added
+    order = list(dict.fromkeys(n for layer in policy._layers for n in _names(layer)))
+    return [n for n in order[:order.index(name)] if n not in policy.off] if name in order else []
+
+def _write_adapter(policy:Policy, folder:Path, name:str, base:dict|None=None)->None:
+    part = folder.with_name(f".part-{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    net = policy.net.module if hasattr(policy.net, "module") else policy.net
+    net.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False) # "auto" would ask the Hub
+    inner = part/name if (part/name).is_dir() else part
+    for f in part.rglob("README.md"): f.unlink()
+    config = json.loads((inner/"adapter_config.json").read_text())
+    write_json(inner/"adapter_config.json", config | dict(base_model_name_or_path=policy.name))
+    if base: write_json(inner/"base.json", base)
+    for n in base["below"] if base else (): _write_adapter(policy, inner/"below"/n, n)
+    shutil.rmtree(folder, ignore_errors=True)
+    inner.rename(folder)
+    shutil.rmtree(part, ignore_errors=True)
+
 def save_adapter(
     policy:Policy,        # with adapters
     folder:str|Path,      # made if it is not there
     name:str="policy",    # which adapter
 )->Path:                  # folder that holds adapter_config.json and adapter_model.safetensors
-    "Write one adapter in PEFT's format"
+    "Write one adapter in PEFT's format, with what tells its base, and the adapters that it was trained upon"
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder/"adapter_config.json").exists():
         raise ValueError(f"{folder} is not empty and holds no adapter; give another folder")
-    part = folder.with_name(f".part-{folder.name}")
-    shutil.rmtree(part, ignore_errors=True)
-    net = policy.net.module if hasattr(policy.net, "module") else policy.net
-    net.save_pretrained(part, selected_adapters=[name])
-    inner = part/name if (part/name).is_dir() else part
-    for f in part.rglob("README.md"): f.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    inner.rename(folder)
-    shutil.rmtree(part, ignore_errors=True)
+    _write_adapter(policy, folder, name, dict(fingerprint=base_print(policy), below=_below(policy, name)))
     return folder
+
+def base_of(
+    folder:str|Path, # of an adapter, or of the run that trained it
+)->tuple[Path, str|None]:
+    "The adapter's own folder, and the name of its base if it has been recorded"
+    folder = Path(folder)
+    if (folder/"adapter"/"adapter_config.json").is_file(): folder = folder/"adapter"
+    for n in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder/n).is_file():
+            raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote, or that of "
+                                    "a run")
+    return folder, json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
+
+def _same_adapter(policy:Policy, name:str, folder:Path)->bool: # as the one that this folder holds
+    have = _peft().get_peft_model_state_dict(policy.net, adapter_name=name, save_embedding_layers=False)
+    saved = load_file(folder/"adapter_model.safetensors")
+    return saved.keys() == have.keys() and all(torch.equal(saved[n].to(have[n]), have[n]) for n in saved)
+
+def _check_base(policy:Policy, folder:Path, name:str|None)->None: # and load what the adapter was trained upon
+    said = json.loads((folder/"base.json").read_text())
+    if (found := base_print(policy)) != said["fingerprint"]:
+        raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'} "
+                         f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'} ({found}); "
+                         "load it onto its own base")
+    for n in said["below"]:
+        if n not in policy.adapters: load_adapter(policy, folder/"below"/n, n)
+        elif not _same_adapter(policy, n, folder/"below"/n):
+            raise ValueError(f"{folder} was trained upon another adapter {n!r} than the one that is there; load it "
+                             "onto the bare base, and it brings its own")
 
 def load_adapter(
     policy:Policy,        # its network is changed in place
-    folder:str|Path,      # written by save_adapter, or by PEFT
+    folder:str|Path,      # written by save_adapter, or by PEFT; or that of a run
     name:str="policy",    # name to give it
     train:bool=False,     # whether it receives gradients
     on:bool=True,         # False: loaded, and on only inside `policy.using(name)`
 )->Policy:
-    "Read an adapter onto a policy; the error names the folder and what does not fit"
-    folder = Path(folder)
-    for n in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder/n).is_file():
-            raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote")
+    "Read an adapter, and those that it was trained upon, onto its own base; the error says what does not fit"
+    folder, base = base_of(folder)
     file = folder/"adapter_model.safetensors"
     try: saved = load_file(file)
     except SafetensorError as e: raise ValueError(f"{file}: not a readable safetensors file ({e})") from e
+    if (folder/"base.json").is_file(): _check_base(policy, folder, base) # PEFT alone writes none
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore") # missing weights are an error below
@@ -425,7 +495,7 @@ def load_adapter(
         if hasattr(layer, "original_module") and name in layer.modules_to_save:
             own = {k.removeprefix(f"{path}."): v for k, v in saved.items() if k.startswith(f"{path}.")}
             layer.modules_to_save[name].float().load_state_dict(own)
-    have = set(_peft().get_peft_model_state_dict(policy.net, adapter_name=name))
+    have = set(_peft().get_peft_model_state_dict(policy.net, adapter_name=name, save_embedding_layers=False))
     if odd := saved.keys() ^ have:
         raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
     policy.off = policy.off-{name} if on else policy.off | {name}

@@ -30,10 +30,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from .core import bicubic, check_images, generator, quantize, seed_of, to_pil, write_json
+from .core import bicubic, check_images, generator, quantize, seed_of, write_json
+from .degrade import jpeg
 from .spectral import log_spectral_distance
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-008
@@ -462,13 +462,10 @@ def ladder_images(
     check_images(gt[None], "gt")
     h, w = gt.shape[1:]
     if h%4 or w%4: raise ValueError(f"sides must be multiples of 4 for bicubic x4, got {(h, w)}")
-    def jpeg(quality):
-        to_pil(gt).save(file := io.BytesIO(), "JPEG", quality=quality)
-        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None].float()/255
     def blur(sigma): return _gaussian(gt[None].double(), sigma, math.ceil(4*sigma), "reflect").float()
     noise = torch.randn(gt.shape, generator=generator(seed))[None]/255
-    return quantize(torch.cat([gt[None], jpeg(50), jpeg(10), gt + 10*noise, gt + 30*noise, blur(1.), blur(3.),
-                               bicubic(bicubic(gt[None], (h//4, w//4)), (h, w))]))
+    return quantize(torch.cat([gt[None], jpeg(gt, 50)[None], jpeg(gt, 10)[None], gt + 10*noise, gt + 30*noise,
+                               blur(1.), blur(3.), bicubic(bicubic(gt[None], (h//4, w//4)), (h, w))]))
 
 def ladder_table(
     metrics:Sequence[Metric],

@@ -179,7 +179,7 @@ def test_checkpoint_of_another_shape(config, tiny, tmp_path):
     save_pretrained(Policy(SmallUNet(UNetConfig((32, 16), (1, 1), 16))), bad)
     (bad/"model.safetensors").write_bytes((tiny/"model.safetensors").read_bytes())
     for name, folder, error, named in (("x", bad, ValueError, "bad/model.safetensors.*config.json"),
-                                       ("y", tmp_path/"none", FileNotFoundError, "config.json.*none")):
+                                       ("y", tmp_path/"none", FileNotFoundError, "no policy .*none")):
         with pytest.raises(error, match=named): align(fill(config, dict(out=str(tmp_path/name), backbone=str(folder))))
         assert not (tmp_path/name).exists()
 

@@ -19,20 +19,21 @@ from srnb import core, data
 from srnb.adversary import adversary_loser
 from srnb.align import Method, cost
 from srnb.baselines import BASELINES
-from srnb.config import fill, leaves
+from srnb.config import fill, leaves, record
 from srnb.core import bicubic, check_close, generator, to_pil
 from srnb.curation import finished_groups, group_seeds, hpo_weights, read_group, top_bottom
 from srnb.data import embedded_photos, find_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST, SEESR
 from srnb.nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
+from srnb.pairs import split_backward
 from srnb.paths import SAMPLERS, VPV, Shift
 from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_pretrained
 from srnb.rewards import (PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax, Reward, hybrid,
                           score_group)
-from srnb.runs import Data
+from srnb.runs import Data, record_of
 from srnb.spectral import l2_energy
-from srnb.train import presets, train
+from srnb.train import from_json, presets, train
 from srnb.training import Loop, fit, latest_checkpoint
 
 # ---------------------------------------------------------------- the kinds of run, small
@@ -172,7 +173,7 @@ OWN = { # of one setting
     "asasr": {
         "method.winners": ({"is": "Top", "n": 2}, "!Adversary lose to Photograph"),
         "method.losers": ({"is": "Riesz"}, "log adapter"), "method.losers.lam": (.1, "log adapter"),
-        "method.losers.outputs": (("base",), "bank adversary adapter"),
+        "method.losers.outputs": (("base", "bicubic"), "bank adversary adapter"),
         "method.losers.adversary_rank": (4, "adversary log"), "method.link": ({"is": "Hinge", "gate": 1.}, "log"),
         "method.link.kappa": (200., "log"), "method.start": (None, "before log adapter"),
         "method.energy.frequency": ("radian", "log adapter"), "method.energy.unit_mean": (False, "log"),
@@ -197,7 +198,7 @@ OWN = { # of one setting
         "method.losers": ({"is": "Own", "cells": 2}, "!Own go with Logistic or Hinge"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.safeguard": (True, "!there are no losers")},
     "riesz": {"method.losers.radius": (.1, "log adapter")},
-    "given": {"method.losers.outputs": (("base",), "bank log adapter")},
+    "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
     "base": PATCHES | looped("loop", "policy", "log", "kept") | {
@@ -230,7 +231,7 @@ def marked(setting, path):
 def bank_of(setting, run, what):
     "The bank of a run's training crops, or of its held-out photographs before or after"
     out, shared, _ = run
-    if what == "crops": return shared/BANK[setting]
+    if what == "crops": return shared/BANK.get(setting, "bank")
     if what == "before" and shared != out: return shared/f"{'started-' if setting == 'asasr' else ''}before-2"
     if what == "before": return out/"before"
     return out/("held_out" if SETTINGS[setting][0] == "ctmsr" else "bank-after")
@@ -266,18 +267,18 @@ def random_policy(folder, net, *rest, seed=0):
 
 
 @pytest.fixture(scope="module")
-def world(tiny, tmp_path_factory):
+def world(tmp_path_factory):
     "Folders of two small photographs each, two bases, two one-step networks, prompts and a reader's own pairs"
     top, photos = tmp_path_factory.mktemp("world"), embedded_photos("train")
-    w = dict(tiny=str(tiny), prompts=str(top/"prompts.json"), pairs=f"{top}/people.py:chosen")
+    w = dict(prompts=str(top/"prompts.json"), pairs=f"{top}/people.py:chosen")
     for k, name in enumerate(("train", "held", "others", "others_held")):
         w[name] = str(top/name)
         (top/name).mkdir()
         for p in photos[2*k:2*k+2]: to_pil(p.read()[:, 60:156, 80:192].contiguous()).save(top/name/f"{p.id}.png")
-    w["tiny2"] = random_policy(top/"tiny2", SmallUNet(UNetConfig((16, 16), (1, 1), 16)), seed=2)
-    for k, name in enumerate(("onestep", "onestep2")):
-        net = OneStepUNet(OneStepConfig((16, 16), (1, 1), tail=8))
-        w[name] = random_policy(top/name, net, Shift(), Shift(), PixelCodec(), seed=k)
+    small, one_step = UNetConfig((16, 16), (1, 1), 16, 16, 1), OneStepConfig((16, 16), (1, 1), 16, 8)
+    for k, (name, more) in enumerate((("tiny", "onestep"), ("tiny2", "onestep2"))):
+        w[name] = random_policy(top/name, SmallUNet(small), seed=2*k)
+        w[more] = random_policy(top/more, OneStepUNet(one_step), Shift(), Shift(), PixelCodec(), seed=k)
     (top/"prompts.json").write_text(json.dumps({p.id: "a tree" for p in photos[:4]}))
     (top/"people.py").write_text(PEOPLE)
     return w
@@ -322,7 +323,7 @@ class Runs:
     def base(self, setting): return self.run(setting, shared=True)
 
     def changed(self, setting, path):
-        "Traces of two runs that differ in one field alone"
+        "Two runs that differ in one field alone"
         value, where, *extra = TABLE[setting][path]
         extra = extra[0] if extra else {}
         run = self.make(setting, changes=extra)
@@ -331,7 +332,7 @@ class Runs:
         refused = where.startswith("!") # and nobody shall find what such a run has left
         shared = not (extra or refused or OWN_BANKS & set(words(setting, where)))
         after = self.run(setting, bool(where) and shared, extra | {path: value})
-        return self.run(setting, not extra, extra)[2], after[2]
+        return self.run(setting, not extra, extra), after
 
 
 def words(setting, where):
@@ -372,8 +373,53 @@ def test_every_choice_is_made_by_some_run():
 def test_there_is_a_setting_of_every_preset(): assert set(PRESETS) == set(presets())
 
 
-CHANGES = [marked(s, p) for s in SETTINGS for p in paths_of(s)
-           if p in OWN.get(s, {}) or s in PRESETS and p not in PLACES]
+def test_a_preset_is_the_method_of_its_paper():
+    "Energy, winners, losers, link, start: numbers that nobody changes by accident"
+    def said(name): return record(presets()[name][1].method)
+    def method(s, winners, losers, link, start=None):
+        energy = dict(s=s, frequency="half", unit_mean=True, mean=True)
+        return dict(energy=energy, winners=winners, losers=losers, link=link, start=start, safeguard=False)
+    loop = dict(warmup=10, parts=1, weight_decay=.01, clip=1., ema=0., log_every=5, keep_every=0, optimiser="adamw")
+    models, photograph = ["real_esrgan", "dat_light", "base"], {"is": "Photograph"}
+    adversary = {"is": "Adversary", "outputs": models, "adversary_rank": 16, "lam": 1.,
+                 "imitation": loop | dict(steps=120, lr=3e-4, decay=.5, save_every=40)}
+    start = dict(start_loop=loop | dict(steps=60, lr=1e-4, decay=.5, save_every=30))
+    def logistic(kappa): return {"is": "Logistic", "kappa": kappa}
+    assert said("sft") == method(0., photograph, {"is": "Nobody"}, None)
+    assert said("dpo") == method(0., photograph, {"is": "Samples"}, logistic(3000.))
+    assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False},
+                                  {"is": "Bottom", "intra": True, "inter": True, "pairs": None}, logistic(1000.))
+    assert said("asasr") == method(1.5, photograph, adversary, logistic(10_000.), start)
+    assert said("dro") == method(0., photograph, {"is": "Own", "every": 16, "capacity": 8, "refresh": 8, "cells": 10},
+                                 {"is": "Hinge", "gate": .001})
+
+
+def own_paths(setting): # those whose other value the table has for this very setting
+    return [p for p in paths_of(setting) if p in OWN.get(setting, {}) or setting in PRESETS and p not in PLACES]
+
+
+def test_a_flat_name_is_the_highest_field():
+    run = fill(presets()["asasr"][1], dict(steps=7, seed=3))
+    assert (run.loop.steps, run.method.losers.imitation.steps, run.method.start.start_loop.steps) == (7, 120, 60)
+
+
+CHANGES = [marked(s, p) for s in SETTINGS for p in own_paths(s)]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_field_is_in_the_record_of_a_run_which_can_be_run_again(runs, setting):
+    "Folders apart, which may be moved; what stands behind the name of a reader's own object is recorded as well"
+    def again(run): return from_json(json.loads(json.dumps(dict(run=type(run).__name__, config=record(run)))))
+    run, unsaid = runs.make(setting), []
+    assert again(run) == run
+    for path in (p for p in own_paths(setting) if TABLE[setting][p][1][:1] != "!"):
+        value, _, *extra = TABLE[setting][path]
+        one = runs.make(setting, changes=extra[0] if extra else {})
+        other = fill(one, {path: value(runs.world, one) if callable(value) else value})
+        if record_of(other) == record_of(one): unsaid.append(path)
+        assert again(other) == other
+    assert unsaid == []
+    assert record_of(fill(run, dict(out="elsewhere"))) == record_of(run)
 
 
 @pytest.mark.parametrize("setting, path", CHANGES)
@@ -382,11 +428,23 @@ def test_every_field_changed_alone_changes_what_a_run_leaves(runs, setting, path
     if where.startswith("!"):
         with pytest.raises(ValueError, match=where[1:]): runs.changed(setting, path)
         return
-    before, after = runs.changed(setting, path)
+    before, after = (o[2] for o in runs.changed(setting, path))
     names = words(setting, where)
     assert names if where else before == after
     assert all(n in before | after for n in names), (names, before.keys(), after.keys())
     assert [n for n in names if before.get(n) == after.get(n)] == []
+
+
+@pytest.mark.parametrize("setting, path, what", [
+    *(("dp2o", p, "bank bounds log adapter") for p in ("data.held_out", "judging.eval_m")),
+    ("dp2o", "judging.m", "before"), ("asasr", "data.held_out", "outputs reference adversary log adapter"),
+    ("dpo", "seed", "bank before"), ("asasr", "method.losers.outputs", "reference before"),
+    ("asasr", "seed", "outputs reference before"),
+    *(("ctmsr", p, "log policy") for p in ("held_out", "eval_m"))])
+def test_what_a_field_must_leave_alone(runs, setting, path, what):
+    "Nothing that is held out reaches training; a run's seed does not reach what runs share"
+    before, after = (o[2] for o in runs.changed(setting, path))
+    assert [n for n in what.split() if before[n] != after[n]] == []
 
 
 @pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr"])
@@ -414,6 +472,37 @@ def test_so_is_every_micro_batch_of_an_earlier_stage(runs, path, stage):
     logs = [runs.run("asasr", False, still | {f"{path}.parts": p})[0]/stage/"log.parquet" for p in (1, 2)]
     one, two = (pd.read_parquet(o).loss for o in logs)
     assert one[0] != pytest.approx(two[0], rel=1e-6) and one[0] != pytest.approx(one[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("setting, column", [
+    ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"),
+    *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
+def test_another_seed_draws_other_batches_and_another_adapter(runs, setting, column):
+    "The first step's log knows the batch alone: every base is the same, and an adapter begins with B = 0"
+    one, two = runs.changed(setting, "seed")
+    assert log_of(one)[column][0] != pytest.approx(log_of(two)[column][0], rel=1e-6)
+    if (one[0]/"adapter").exists(): # two steps move a weight by .02; A begins within .08
+        a, b = (load_file(o[0]/"adapter"/"adapter_model.safetensors") for o in (one, two))
+        assert max((a[n]-b[n]).abs().max() for n in a if "lora_A" in n) > .06
+
+
+def test_the_stages_of_a_one_step_run_draw_their_own_batches(runs):
+    "Weights that stand still, and as many intervals in both: only other pictures and noise make another loss"
+    still = STILL | {"match.match_loop.lr": 1e-12, "first": 3}
+    found = log_of(runs.run("ctmsr", False, still)).consistency
+    assert len(set(found.round(6))) == 4
+
+
+@pytest.mark.parametrize("setting, path", [
+    *(("dpo", f"base.{p}") for p in ("backbone", "path", "sampler", "sample_steps")),
+    *(("dpo", p) for p in ("data.size", "data.degradation", "data.photos", "judging.m")),
+    *(("asasr", f"method.{p}") for p in ("losers.outputs", "losers.imitation.lr", "start.start_loop.lr")),
+    *(("asasr", p) for p in ("batch", "patch", "rank", "base.sampler", "data.places"))])
+def test_a_run_that_would_need_another_bank_or_stage_does_not_take_what_is_shared(runs, setting, path):
+    value = TABLE[setting][path][0]
+    runs.base(setting)
+    run = runs.make(setting, True, {path: value(runs.world, runs.make(setting)) if callable(value) else value})
+    with pytest.raises(core.RunOccupied, match="differ"): train(run)
 
 
 # ---------------------------------------------------------------- pictures: what was named, degraded as was named
@@ -532,7 +621,7 @@ def test_every_row_of_the_metrics_is_that_of_the_banks(runs, setting, changes, r
     out, metrics, codec = run[0], pd.read_parquet(run[0]/"metrics.parquet"), from_pretrained(runs.world["tiny"]).codec
     banks = {n: bank_of(setting, run, n) for n in ("before", "after")}
     if changes: banks["matched"] = out/"bank-matched"
-    assert set(metrics.variant) == {*banks, "bicubic"}
+    assert set(metrics.variant) == {*banks, "bicubic"} and set(metrics.image) == set(finished_groups(banks["before"]))
     bounds = GlobalBounds.load(out/"bounds.json") if reward else None
     for i in finished_groups(banks["before"]):
         first = read_group(banks["before"], i)
@@ -591,17 +680,17 @@ def test_every_row_of_a_bases_metrics_is_that_of_its_bank(runs):
 
 # ---------------------------------------------------------------- what is trained on, and towards what
 
-def curated(bank, n, frozen=False, reward=BLIND):
+def curated(bank, n, frozen=False, levels=(True, True)):
     "(group, winners, losers, weight) of every crop, from the bank's pictures alone"
     groups = [read_group(bank, i) for i in finished_groups(bank)]
-    scores = [score_group(reward.metrics, o.sr) for o in groups]
+    scores = [score_group([PIQE], o.sr) for o in groups]
     if frozen:
         every = torch.cat([o["piqe"] for o in scores])
         scale = GlobalBounds((("piqe", every.max().item(), every.min().item()),))
     else: scale = GroupMinMax()
-    values = torch.stack([hybrid(o, reward, scale) for o in scores])
+    values = torch.stack([hybrid(o, BLIND, scale) for o in scores])
     w, l = top_bottom(values, n)
-    return list(zip(groups, w, l, hpo_weights(values, w, l), strict=True))
+    return list(zip(groups, w, l, hpo_weights(values, w, l, *levels), strict=True))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -612,6 +701,17 @@ def test_the_first_loss_is_ln_2_times_the_weight_of_a_crop(runs, frozen):
     apart = min(abs(a-b) for a in weights[False] for b in weights[True])
     found = log_of(run).loss[0]/math.log(2)
     assert min(abs(found-o) for o in weights[frozen]) < 1e-5 and apart > 1e-4, (found, weights)
+
+
+@pytest.mark.parametrize("intra, inter", [(False, False), (True, False), (False, True)])
+def test_the_levels_of_the_weights_are_those_that_were_named(runs, intra, inter):
+    "The first loss tells the level of the groups; whether pairs are weighed as well the second loss tells"
+    def log(**levels): return log_of(runs.run("dp2o", True, below("method.losers", levels)))
+    found, other = log(intra=intra, inter=inter), log(intra=not intra, inter=inter)
+    weights = [o[3].mean().item() for o in curated(runs.base("dp2o")[1]/"bank", 2, levels=(intra, inter))]
+    assert min(abs(found.loss[0]/math.log(2)-o) for o in weights) < 1e-5
+    assert other.loss[0] == pytest.approx(found.loss[0], rel=1e-5)
+    assert other.loss[1] != pytest.approx(found.loss[1], rel=1e-6)
 
 
 def margin(policy, lq, winners, losers, levels=9):
@@ -633,14 +733,18 @@ def margin(policy, lq, winners, losers, levels=9):
 LONGER = below("loop", dict(steps=16, lr=5e-3))
 
 
-@pytest.mark.parametrize("setting, changes", [("dp2o", ONE), ("given", {}), ("dpo", {})], ids=["dp2o", "given", "dpo"])
+TOP = {"method.winners": {"is": "Top", "n": 1}, "judging.reward": "offline_nr"}
+
+
+@pytest.mark.parametrize("setting, changes", [("dp2o", ONE), ("given", {}), ("dpo", {}), ("sft", TOP)],
+                         ids=["dp2o", "given", "dpo", "top"])
 def test_training_moves_towards_the_winners_and_away_from_the_losers(runs, setting, changes):
     "Best against worst samples, or the photograph against other pictures, judged on the bank by hand"
     run = runs.run(setting, True, LONGER | changes)
     policy, bank = policies_of(setting, runs.world, run)[1], bank_of(setting, run, "crops")
     found = []
     for group, w, l, _ in curated(bank, 1):
-        winners, losers = (group.sr[w], group.sr[l]) if setting == "dp2o" else (group.gt[None], group.sr)
+        winners, losers = (group.sr[w], group.sr[l]) if changes else (group.gt[None], group.sr)
         found.append(margin(policy, group.lq, winners, losers))
     assert sum(found) > 0, found
 
@@ -677,15 +781,30 @@ def test_the_loss_of_one_pair_is_the_link_of_its_margin(runs, setting, changes, 
     "From the log's own gaps, also where the policy has left its reference"
     log = log_of(runs.run(setting, True, below("loop", dict(steps=4, lr=3e-2)) | dict(batch=1) | changes))
     want, still = loss(log), loss(log.assign(gap_w=0., gap_l=0., drift=0.))
-    check_close(log.loss.to_numpy(), want.to_numpy(), rtol=1e-4, atol=1e-7)
+    check_close(log.loss.tolist(), want.tolist(), rtol=1e-4, atol=1e-7)
     assert (want-still).abs().max() > 1e-2*still.max() # the margin is large enough to see another kappa
+
+
+def test_the_safeguard_is_asked_where_it_is_named(runs):
+    held, free = (log_of(runs.run("dp2o", True, {"method.safeguard": o})) for o in (True, False))
+    assert "safeguard" not in free and held.safeguard.between(0, 1).all()
+
+
+@pytest.mark.parametrize("safeguard, want", [(True, [1-5/6, .5-5/6]), (False, [0., -.5])])
+def test_the_losers_gradient_is_scaled_by_the_safeguard(safeguard, want):
+    "Gradients (1, 1/2) of the winner and -(1, 1) of the loser: their product is -3/2, the square of the first 5/4"
+    net = torch.nn.Linear(2, 1, bias=False)
+    gap_w, gap_l = net(torch.tensor([[1., .5]])), net(torch.tensor([[1., 1.]]))
+    logs = split_backward(SimpleNamespace(net=net), safeguard)((gap_w-gap_l)[:, 0], {}, gap_w, gap_l)
+    check_close(net.weight.grad[0], torch.tensor(want), atol=1e-6)
+    if safeguard: check_close(logs["safeguard"], 5/6, atol=1e-6)
 
 
 def test_the_losses_of_a_network_from_patches_are_the_sums_of_their_parts(runs):
     log = log_of(runs.base("base"))
-    check_close(log.loss.to_numpy(), (log.flow+log["mean"]).to_numpy(), rtol=1e-5)
+    check_close(log.loss.tolist(), (log.flow+log["mean"]).tolist(), rtol=1e-5)
     log = log_of(runs.base("ctmsr"))
-    check_close(log.loss.to_numpy(), (log.consistency+1.6*log.match.fillna(0.)).to_numpy(), rtol=1e-5)
+    check_close(log.loss.tolist(), (log.consistency+1.6*log.match.fillna(0.)).tolist(), rtol=1e-5)
     assert log.stage.tolist() == [1, 1, 2, 2] and (log.match[2:] > 0).all()
 
 
@@ -849,8 +968,8 @@ def test_a_weights_path_is_that_of_adamw_with_clipped_gradients_and_scheduled_ra
     assert list(kept) == [1, 2, 3, 4, 5, 6] and calls == [(k, 0) for k in range(6)]
     check_close(list(kept.values()), adamw(SLOPES), rtol=1e-5)
     check_close(last, kept[6])
-    check_close(log.grad_norm.to_numpy(), [abs(o) for o in SLOPES], rtol=1e-5) # before it is bounded
-    check_close(log.loss.to_numpy(), [g*w for g, w in zip(SLOPES, [.5, *adamw(SLOPES)[:5]], strict=True)], rtol=1e-5)
+    check_close(log.grad_norm.tolist(), [abs(o) for o in SLOPES], rtol=1e-5) # before it is bounded
+    check_close(log.loss.tolist(), [g*w for g, w in zip(SLOPES, [.5, *adamw(SLOPES)[:5]], strict=True)], rtol=1e-5)
     for wrong in (dict(clip=1e9), dict(decay=0.), dict(factors=[1.]*6), dict(factors=[*FACTORS[1:], 0.])):
         assert max(abs(a-b) for a, b in zip(adamw(SLOPES, **wrong), kept.values(), strict=True)) > 1e-3, wrong
 
@@ -866,7 +985,7 @@ def test_the_micro_batches_of_a_step_are_apart_and_averaged(tmp_path, backward):
     spread = [-.2, .3, .5]
     _, log, kept, calls = toy(tmp_path, replace(TOY, parts=3), lambda step, part: SLOPES[step]+spread[part], backward)
     assert calls == [(k, p) for k in range(6) for p in range(3)]
-    check_close(log.grad_norm.to_numpy(), [abs(o+.2) for o in SLOPES], rtol=1e-5)
+    check_close(log.grad_norm.tolist(), [abs(o+.2) for o in SLOPES], rtol=1e-5)
     check_close(list(kept.values()), adamw([o+.2 for o in SLOPES]), rtol=1e-5)
     assert (log.part == 1.).all() and ("own" in log) == (backward is own) # logs are means over the parts
     if backward: assert (log.own == 1.).all()
@@ -917,16 +1036,24 @@ def test_every_field_of_a_loop_changed_alone_changes_what_fit_does(tmp_path, fie
         assert after["log"]["step"] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("ema", [0., .9])
-def test_a_loop_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, ema):
-    "Weights, average, log and what the loss remembers"
-    memory, loop = Sum(), replace(TOY, ema=ema)
+@pytest.mark.parametrize("ema, log_every", [(0., 1), (.9, 1), (0., 3)])
+def test_a_loop_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, ema, log_every):
+    "Weights, average, log, also of a row that began before the checkpoint, and what the loss remembers"
+    memory, loop = Sum(), replace(TOY, ema=ema, log_every=log_every)
     last, log, kept, _ = toy(tmp_path/"whole", loop, memory=memory)
     with pytest.raises(KeyboardInterrupt): toy(tmp_path/"cut", loop, stop=5, memory=Sum())
     again = Sum()
     last_cut, log_cut, kept_cut, calls = toy(tmp_path/"cut", loop, memory=again)
     assert calls == [(4, 0), (5, 0)] and (last, kept) == (last_cut, kept_cut) and log.equals(log_cut)
     assert torch.equal(memory.total, again.total)
+
+
+def test_the_last_step_is_logged_and_saved_whatever_the_intervals(tmp_path):
+    loop = replace(TOY, steps=5, save_every=2, log_every=2)
+    last, log, _, _ = toy(tmp_path, loop)
+    assert log.step.tolist() == [2, 4, 5] and latest_checkpoint(tmp_path).name == "checkpoint-00000005"
+    again, same, _, calls = toy(tmp_path, loop)
+    assert calls == [] and again == last and log.equals(same) # done: nothing is asked again
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):

@@ -47,3 +47,18 @@ def shown(path:Path):
 def test_papermill(path, forked, tmp_path):
     run = forked(forks.notebook, path, tmp_path/"out.ipynb", {}, cwd=ROOT, IN_TEST="1")
     assert run.wait() == 0, run.err[-5000:]
+
+
+def parameters_at(path:Path)->int|None:
+    "Number of the code cell that papermill's parameters follow"
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    return next((i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])), None)
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if parameters_at(p) is not None], ids=lambda p: p.stem)
+def test_a_notebook_with_parameters_knows_their_names(path):
+    "papermill only warns of a misspelt one, and the notebook would run on its defaults"
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    after = cells[parameters_at(path)+1].source
+    own = "checked_parameters(globals(), _before, _own" in after
+    assert own or "fill(" in after and "parameters(globals()" in after

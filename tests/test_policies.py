@@ -147,3 +147,31 @@ def test_a_bases_record_is_of_its_weights(name):
     again = score_group([PSNR_Y], sr, gt)["psnr_y"]
     recorded = torch.tensor([rows["sample", 0], rows["sample", 1]])
     assert abs(again-recorded).max() < .02 # the record's arithmetic is bfloat16
+
+
+def test_an_adapter_goes_onto_its_own_base_alone(tmp_path):
+    policy = from_pretrained("small")
+    for p in policy.add_lora(2): p.data.normal_()
+    save_adapter(policy, tmp_path/"a")
+    assert json.loads((tmp_path/"a"/"adapter_config.json").read_text())["base_model_name_or_path"] == "small"
+    load_adapter(from_pretrained("small", dtype=torch.bfloat16), tmp_path/"a") # the precision of arithmetic may differ
+    again = from_pretrained("small")
+    next(again.net.parameters()).data.mul_(1.01)
+    for other in (again, from_pretrained("onestep"), from_pretrained("first")):
+        with pytest.raises(ValueError, match=f"was trained on small .*this is {other.name} .*its own base"):
+            load_adapter(other, tmp_path/"a")
+        assert not hasattr(other.net, "peft_config") # nothing was put on it
+
+
+@pytest.mark.parametrize("name, said", [
+    ("onestp", "no policy 'onestp': .*did you mean 'onestep'"), (".", "holds no policy"),
+    ("smal", "did you mean 'small'"), ("run", "run holds an adapter: name its base")])
+def test_a_name_that_is_no_policy_is_answered_with_what_there_is(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"run"/"adapter").mkdir(parents=True)
+    with pytest.raises((FileNotFoundError, ValueError), match=said): from_pretrained(name)
+
+
+def test_the_folder_of_a_run_stands_for_the_policy_that_it_trained(tmp_path):
+    save_pretrained(from_pretrained("small"), tmp_path/"run"/"policy")
+    assert from_pretrained(tmp_path/"run").source == tmp_path/"run"/"policy"

@@ -1,9 +1,8 @@
-"A bank leaves as parquet or tar and comes back as itself; what is damaged or must not leave is refused by name"
+"A bank leaves as parquet and comes back as itself; what is damaged or must not leave is refused by name"
 import io
 import json
 import shutil
 import struct
-import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,11 +18,10 @@ from srnb.curation import _fill, bank_reward, finished_groups, make_outputs, rea
 from srnb.data import embedded_photos
 from srnb.metrics import interval
 from srnb.policies import from_pretrained, save_adapter
-from srnb.release import export_dataset, export_webdataset, import_bank, push, write_card
+from srnb.release import export_dataset, import_bank, push, write_card
 from srnb.rewards import LSD, PSNR_Y, Metric, Reward
 
 VOTE = Reward("test", fr=(PSNR_Y, LSD))
-EXPORTS = pytest.mark.parametrize("export", [export_dataset, export_webdataset])
 
 
 def photos_of(n, seed=0):
@@ -70,16 +68,15 @@ def same_bank(a, b):
     assert score_bank(a, silent("psnr_y", "lsd")).equals(score_bank(b, silent("psnr_y", "lsd")))
 
 
-@EXPORTS
 @pytest.mark.parametrize("groups", [1, 2, 5])
-def test_round_trip(bank, tmp_path, export, groups):
+def test_round_trip(bank, tmp_path, groups):
     raw = sum(o.numel() for o in vars(read_group(bank, "photo 0")).values() if isinstance(o, torch.Tensor))
-    folder = export(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=groups*raw)
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=groups*raw)
     assert len(data(folder)) == -(-5//groups)
     new = import_bank(folder, tmp_path/"new")
     same_bank(bank, new)
     assert read_group(new, "photo 3").prompt == "a photo 3"
-    twice = export(new, tmp_path/"b", "cc0-1.0", reward=VOTE, shard_bytes=groups*raw)
+    twice = export_dataset(new, tmp_path/"b", "cc0-1.0", reward=VOTE, shard_bytes=groups*raw)
     assert [p.name for p in data(folder)] == [p.name for p in data(twice)]
     assert [p.read_bytes() for p in data(folder)] == [p.read_bytes() for p in data(twice)]
     assert (folder/"README.md").read_bytes() == (twice/"README.md").read_bytes()
@@ -89,25 +86,23 @@ def test_round_trip(bank, tmp_path, export, groups):
         assert finished_groups(part) == ["photo 2", "photo 3", "photo 4"]
 
 
-@EXPORTS
 @pytest.mark.parametrize("streaming", [False, True])
-def test_datasets_reads_it(bank, tmp_path, export, streaming):
+def test_datasets_reads_it(bank, tmp_path, streaming):
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
-    folder = export(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5, split="test")
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5, split="test")
     rows = list(load_dataset(str(folder), split="test", streaming=streaming, cache_dir=str(tmp_path/"cache")))
     assert len(rows) == 5
     for k, row in enumerate(rows):
         group = read_group(bank, f"photo {k}")
-        facts, sr = (row, row["sr"]) if "sr" in row else (row["json"], [row[f"{m:02d}.png"] for m in range(11)])
         seeds = srnb.curation.group_seeds(group.id, 11, 3)
-        assert (facts["id"], facts["prompt"], facts["seeds"]) == (group.id, group.prompt, seeds)
-        got = torch.stack([torch.from_numpy(np.array(o)).permute(2, 0, 1) for o in sr])
+        assert (row["id"], row["prompt"], row["seeds"]) == (group.id, group.prompt, seeds)
+        got = torch.stack([torch.from_numpy(np.array(o)).permute(2, 0, 1) for o in row["sr"]])
         assert torch.equal(got.float()/255, group.sr)
         table = score_bank(bank, VOTE.metrics)
-        check_close(facts["reward"], bank_reward(table, VOTE, [group.id])[0])
+        check_close(row["reward"], bank_reward(table, VOTE, [group.id])[0])
         mine = table[table.group == group.id]
-        for n in ("psnr_y", "lsd"): check_close(facts["scores"][n], mine[mine.metric == n].value.tolist())
+        for n in ("psnr_y", "lsd"): check_close(row["scores"][n], mine[mine.metric == n].value.tolist())
 
 
 def test_outputs_of_models_have_no_seeds(tmp_path):
@@ -121,26 +116,26 @@ def test_outputs_of_models_have_no_seeds(tmp_path):
     assert torch.equal(read_group(new, "photo 1").sr, read_group(bank, "photo 1").sr) and not (new/"scores").exists()
 
 
-@EXPORTS
-def test_whole_shards_stay(bank, tmp_path, export, deadly):
+def test_whole_shards_stay(bank, tmp_path, deadly):
     count, calls, die = deadly
     raw = 5e4
-    whole = export(bank, tmp_path/"whole", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
+    whole = export_dataset(bank, tmp_path/"whole", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
     count(srnb.release, "read_group")
     die["read_group"] = 3 # one look at the first group, then two rows
-    with pytest.raises(KeyboardInterrupt): export(bank, tmp_path/"a", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
+    with pytest.raises(KeyboardInterrupt):
+        export_dataset(bank, tmp_path/"a", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
     assert len(data(tmp_path/"a")) == 2 and not (tmp_path/"a/README.md").exists()
     before = [p.stat().st_mtime_ns for p in data(tmp_path/"a")]
     die.clear()
-    folder = export(bank, tmp_path/"a", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", metrics=VOTE.metrics, shard_bytes=raw)
     assert calls["read_group"] == 3 + 1 + 3 and [p.stat().st_mtime_ns for p in data(folder)[:2]] == before
     assert [p.read_bytes() for p in data(folder)] == [p.read_bytes() for p in data(whole)] and len(data(whole)) == 5
     with pytest.raises(RunOccupied, match="content"):
-        export(bank, tmp_path/"a", "cc0-1.0", metrics=[PSNR_Y], shard_bytes=raw)
+        export_dataset(bank, tmp_path/"a", "cc0-1.0", metrics=[PSNR_Y], shard_bytes=raw)
 
 
 def test_import_goes_on(bank, tmp_path, deadly):
-    folder = export_webdataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5)
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5)
     count, calls, die = deadly
     count(srnb.release, "write_table")
     die["write_table"] = 2
@@ -163,16 +158,6 @@ def change_rows(path, change): # of a parquet shard
     rows = table.to_pylist()
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
-
-
-def change_members(path, change): # of a tar shard: change(list of (name, bytes)) in place
-    with tarfile.open(path) as tar: members = [(o.name, tar.extractfile(o).read()) for o in tar]
-    change(members)
-    with tarfile.open(path, "w") as tar:
-        for n, b in members:
-            info = tarfile.TarInfo(n)
-            info.size = len(b)
-            tar.addfile(info, io.BytesIO(b))
 
 
 def png(image, **k):
@@ -223,41 +208,31 @@ def test_damaged_rows(bank, tmp_path, change, message):
     assert not (tmp_path/"new").exists()
 
 
-def drop(name): return lambda members: members.remove(next(o for o in members if o[0] == name))
-def add(name, value=b"x"): return lambda members: members.append((name, value))
+def change_notes(table): # what a shard says of its bank
+    about = json.loads(table.schema.metadata[b"srnb"])
+    about["params"]["steps"] = 9
+    return table.replace_schema_metadata({"srnb": json.dumps(about)})
 
 
-def rewrite(text, new): # in the JSON of sample 1
-    def change(members):
-        k = [n for n, _ in members].index("000001.json")
-        assert text in members[k][1]
-        members[k] = ("000001.json", members[k][1].replace(text, new))
-    return change
+def change_names(table): # one of its metrics has another name
+    rows = table.to_pylist()
+    for row in rows: row["scores"] = dict(other=row["scores"]["psnr_y"], lsd=row["scores"]["lsd"])
+    return pa.Table.from_pylist(rows).replace_schema_metadata(table.schema.metadata)
 
 
 @pytest.mark.parametrize("change, message", [
-    (drop("000001.gt.png"), "sample 000001: no gt.png"),
-    (drop("000002.json"), "sample 000002: no json"),
-    (drop("000001.04.png"), "needs 10 values"),
-    (add("000004.pkl"), "member '000004.pkl' is none of"),
-    (add("../evil.json", b"{}"), "is none of|no lq.png"),
-    (add("000004.00.png"), "two members 00.png"),
-    (rewrite(b'"id"', b'"ix"'), "the id None"),
-    (rewrite(b'{"id"', b'["id"'), "its json cannot be read"),
-    (rewrite(b'"psnr_y": [', b'"psnr_y": [NaN, '), "needs 11 values"),
-    (rewrite(b'{"psnr_y": [', b'{"other": ['), "its scores differ from those of"),
-    (rewrite(b'\\"steps\\": 2', b'\\"steps\\": 9'), "its parameters differ"),
-])
-def test_damaged_samples(bank, tmp_path, change, message):
-    folder = export_webdataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e9)
-    change_members(data(folder)[0], change)
+    (change_names, r"row 0 \(photo 2\): its scores differ from those of .*, row 0"),
+    (change_notes, r"train-00001-of-00003.parquet: its parameters differ from those of .*train-00000")])
+def test_shards_of_two_banks(bank, tmp_path, change, message):
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5)
+    path = data(folder)[1]
+    pq.write_table(change(pq.read_table(path)), path)
     with pytest.raises(ValueError, match=message): import_bank(folder, tmp_path/"new")
     assert not (tmp_path/"new").exists()
 
 
-@EXPORTS
-def test_damaged_files(bank, tmp_path, export):
-    folder = export(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5)
+def test_damaged_files(bank, tmp_path):
+    folder = export_dataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e5)
     first, second = data(folder)[:2]
     whole = second.read_bytes()
     for k in (0, 1, 500, len(whole)//2, len(whole.rstrip(b"\0"))-1):
@@ -269,18 +244,13 @@ def test_damaged_files(bank, tmp_path, export):
     with pytest.raises(FileNotFoundError, match="no shard at"): import_bank([first, second], tmp_path/"new")
     with pytest.raises(FileNotFoundError, match="no folder"): import_bank(tmp_path/"none", tmp_path/"new")
     (tmp_path/"empty").mkdir()
-    with pytest.raises(ValueError, match="holds no .parquet or .tar"): import_bank(tmp_path/"empty", tmp_path/"new")
+    with pytest.raises(ValueError, match="holds no .parquet shard"): import_bank(tmp_path/"empty", tmp_path/"new")
+    tar = tmp_path/"empty/train-00000-of-00001.tar" # as an earlier version wrote them
+    tar.touch()
+    for source in (tar.parent, [tar]):
+        with pytest.raises(ValueError, match="no .parquet shard, .*parquet alone.* again"):
+            import_bank(source, tmp_path/"new")
     assert not (tmp_path/"new").exists()
-
-
-def test_cut_at_a_member(bank, tmp_path):
-    "A tar file that ends between two members reads as whole to tarfile; here it does not"
-    folder = export_webdataset(bank, tmp_path/"a", "cc0-1.0", reward=VOTE, shard_bytes=1e9)
-    path = data(folder)[0]
-    with tarfile.open(path) as tar: end = tar.getmembers()[2*14].offset
-    path.write_bytes(path.read_bytes()[:end])
-    with tarfile.open(path) as tar: assert len(tar.getmembers()) == 28
-    with pytest.raises(ValueError, match="its end mark is missing"): import_bank(folder, tmp_path/"new")
 
 
 def test_flipped_bits(bank, tmp_path):
@@ -325,16 +295,17 @@ def test_card_of_a_bank(bank, tmp_path):
     for o in ("CC0-1.0 (4), CC-BY-4.0 (1)", "| `psnr_y` | compares with `gt` | higher |", "M = 11", "`none`",
               "| `lsd` | compares with `gt` | lower |", "`0123456789abcdef`", "- who pressed the shutter"):
         assert o in card.text, o
+    def order(sr, gt=None): return torch.arange(len(sr)).double()
+    both = Reward("both", fr=(PSNR_Y,), nr=(Metric("order", "nr", True, lambda: order),))
+    folder = export_dataset(shutil.copytree(bank, tmp_path/"copy"), tmp_path/"c", "cc0-1.0", reward=both)
+    for o in ("hybrid `both`: the mean of `psnr_y` and the mean of `order`, oriented", "licence not recorded",
+              "| `order` | looks at the candidate alone | higher |"):
+        assert o in (folder/"README.md").read_text(), o
     with pytest.raises(ValueError, match="no photograph of id 'photo 4'"):
         export_dataset(bank, tmp_path/"b", "cc0-1.0", photos=photos[:4])
     with pytest.raises(ValueError, match="needs a licence"): export_dataset(bank, tmp_path/"b", "")
     with pytest.raises(FileNotFoundError, match="no config.json"): export_dataset(tmp_path/"none", tmp_path/"b", "mit")
     assert not (tmp_path/"b").exists()
-
-
-@pytest.mark.parametrize("n, want", [
-    (1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (9999, "1K<n<10K"), (30_000, "10K<n<100K"), (10**6, "1M<n<10M")])
-def test_size_category(n, want): assert srnb.release._size_category(n) == want
 
 
 @pytest.fixture

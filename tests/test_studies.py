@@ -52,7 +52,9 @@ def test_study_of_methods(papermill):
 WRONG = [("train_dp2o", dict(iterations=3), "'iterations'.*'steps'"), ("train_asasr", dict(kapa=3), "'kapa'.*'kappa'"),
          ("train_dro", dict(capacty=3), "'capacty'.*'capacity'"), ("train_sft", dict(patch=64.5), "patch.*64.5"),
          ("train_ctmsr", dict(gap="dmd"), "gap.*'dmd'.*'dtm'"), ("train_study", dict(rowz="flow"), "'rowz'.*rows"),
-         ("train_study", dict(rows="flaw"), "flaw")]
+         ("train_study", dict(rows="flaw"), "flaw"), ("table_dp2o", dict(recod_dir="x"), "'recod_dir'.*'record_dir'"),
+         ("bench_spectral", dict(reps="many"), "reps must be a whole number"),
+         ("compare_upscalers", dict(photographs="x"), "'photographs' is called 'photos' now")]
 
 
 @pytest.mark.parametrize("name, parameters, named", WRONG, ids=[f"{n}-{list(o)[-1]}" for n, o, _ in WRONG])

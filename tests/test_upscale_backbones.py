@@ -290,7 +290,7 @@ def test_seeds_prompt_and_steps(folders, box, capsys):
     assert not torch.equal(pixels("e.png"), pixels("b.png"))
 
 
-def test_adapter(folders, box, tiny):
+def test_adapter(folders, box, tiny, capsys):
     for model in (folders["flux"][0], tiny):
         p = load_model(model, "float32")
         p.add_lora(2)
@@ -302,6 +302,10 @@ def test_adapter(folders, box, tiny):
         assert main([*base, "-o", "a0.png"]) == 0 and main([*base, "-o", "a1.png", "--adapter", "adapter"]) == 0
         want = upscale(pixels("a.png"), p, steps=2, color_fix="adain" if on_latents(p) else None)
         assert torch.equal(pixels("a1.png"), want) and not torch.equal(pixels("a0.png"), want)
+        alone = ["upscale", "a.png", "--dtype", "float32", "--steps", "2", "--force", "--adapter", "adapter"]
+        assert main([*alone, "-o", "a2.png"]) == 0 and torch.equal(pixels("a2.png"), want) # it names its base
+        assert main([*alone, "-o", "a3.png", "--model", "onestep"]) == 2 and not Path("a3.png").exists()
+        assert f"it was trained on {model}" in capsys.readouterr().err
 
 
 def test_mistakes(folders, box, capsys, monkeypatch):
@@ -326,8 +330,8 @@ def test_mistakes(folders, box, capsys, monkeypatch):
             (["--control", "a.bin", "--model", sd], "pickled"),
             (["--control", other, "--model", sd], "is no control branch of this base"),
             (["--control", of_sd, "--model", flux], "control branch"),
-            (["--model", "empty"], "--model empty: no config.json in empty"),
-            (["--model", "no/such/folder"], "--model no/such/folder: no config.json in no/such/folder")):
+            (["--model", "empty"], "--model empty: no policy 'empty': it holds no policy.json"),
+            (["--model", "no/such/folder"], "no policy 'no/such/folder': there is no such folder")):
         assert main(["upscale", "a.png", "-o", "out", *argv]) == 2, argv
         said = capsys.readouterr().err
         assert text in said and "Traceback" not in said and "BackboneError" not in said, (argv, said)
