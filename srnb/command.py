@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,30 +54,40 @@ def find_inputs(
     found, failed = [], []
     for name in names:
         if not name: raise Usage("the name of an input is empty")
-        if os.path.isdir(name): more, rule = _in_folder(name, out), "holds no image"
-        elif os.path.exists(name): more, rule = [(Path(name), Path(Path(name).name))], ""
-        else: more, rule = _by_pattern(name), "no such file or folder"
+        rule = "no such file or folder"
+        if os.path.isdir(name):
+            more = _in_folder(Path(name), Path(name), out)
+            rule = "holds no image" if os.access(name, os.R_OK | os.X_OK) else "this folder may not be listed"
+        elif os.path.lexists(name): more = [(Path(name), Path(Path(name).name))]
+        else: more = _by_pattern(name, out)
         found += more
         if not more: failed.append(f"{name}: {rule}")
     return list(dict.fromkeys(found)), failed
 
-def _in_folder(name:str, out:str)->list[tuple[Path, Path]]: # without what lies below `out`, which earlier runs wrote
-    from srnb.data import find_images
-    from srnb.images import ENDS
-    top, real = Path(name), os.path.realpath
-    try: files = find_images(top, ENDS)
-    except ValueError: return [] # there is none
-    if out and real(out) != real(top): files = [p for p in files if not Path(real(p)).is_relative_to(real(out))]
-    return [(p, p.relative_to(top)) for p in files]
+def _written(path:Path, top:Path, out:str)->bool: # by an earlier run into `out`, if that lies below `top`
+    where, around, file = (Path(os.path.realpath(o)) for o in (out, top, path))
+    return bool(out) and where != around and where.is_relative_to(around) and file.is_relative_to(where)
 
-def _by_pattern(name:str)->list[tuple[Path, Path]]: # a file's name begins at the first part that holds a sign
-    parts = Path(name).parts
+def _in_folder(folder:Path, top:Path, out:str)->list[tuple[Path, Path]]: # every picture, whether it can be read or not
+    from srnb.data import PICTURES, files_below
+    files = sorted(p for p in files_below(folder) if p != top and not _written(p, top, out))
+    pictures = [p for p in files if p.suffix.lower() in PICTURES or not os.path.isfile(p)]
+    if others := {*files}-{*pictures}:
+        ends = ", ".join(sorted({p.suffix.lower() or p.name for p in others}))
+        tell(f"{folder}: passed over {len(others)} file{'s'*(len(others) > 1)} without a picture's ending ({ends})")
+    return [(p, p.relative_to(top)) for p in pictures]
+
+def _by_pattern(name:str, out:str)->list[tuple[Path, Path]]: # a file's name begins at the first part that holds a sign
+    parts, found = Path(name).parts, []
     at = next((i for i, o in enumerate(parts) if glob.has_magic(o)), None)
     if at is None: return []
-    try:
-        files = [Path(o) for o in sorted(glob.glob(name, recursive=True)) if os.path.isfile(o)]
-        return [(p, p.relative_to(Path(*parts[:at]))) for p in files]
+    top = Path(*parts[:at])
+    try: paths = [Path(o) for o in sorted(glob.glob(name, recursive=True))]
     except (ValueError, OSError): return [] # such as a null character
+    for p in paths:
+        if _written(p, top, out): continue
+        found += _in_folder(p, top, out) if os.path.isdir(p) else [(p, p.relative_to(top))]
+    return found
 
 # %% ../nbs/62_command.ipynb #62-command-012
 def find_outputs(
@@ -85,29 +96,35 @@ def find_outputs(
     seeds:Sequence[int]=(0,),          # more than one: the name says which
 )->list[tuple[Path, Path, int]]:       # (source, target, seed)
     "Where each result goes; Usage where two would go to one place, or onto an input"
+    from srnb.data import PICTURES
     from srnb.images import SAVES
     ends, target, folder = ", ".join(SAVES), Path(out), os.path.isdir(out)
-    if len(found) == 1 and not folder and target.suffix and not out.endswith(("/", os.sep)):
-        if target.suffix.lower() not in SAVES:
-            raise Usage(f"cannot write {target.suffix} files ({ends}); a folder's name ends in {os.sep}")
-        jobs = [(found[0][0], target)]
+    file = not folder and target.suffix.lower() in PICTURES and not out.endswith(("/", os.sep))
+    if file and target.suffix.lower() not in SAVES:
+        raise Usage(f"cannot write {target.suffix} files ({ends}); a folder's name ends in {os.sep}")
+    if file and len(found) < 2: jobs = [(p, target) for p, _ in found]
     else:
         if os.path.lexists(out) and not folder: raise Usage(f"{out} is a file; several inputs need a folder")
-        if target.suffix.lower() in SAVES and not folder:
-            raise Usage(f"{out} looks like a file, and there are {len(found)} inputs")
-        jobs = [(p, target/name.with_suffix(".png")) for p, name in found]
+        if file: raise Usage(f"{out} looks like a file, and there are {len(found)} inputs")
+        inputs, jobs = {os.path.realpath(p) for p, _ in found}, []
+        sharing = Counter(name.with_suffix(".png") for name in {name for _, name in found})
+        for p, name in found:
+            short = name.with_suffix(".png")
+            twins = sharing[short] > 1 and os.path.realpath(target/short) not in inputs # those are refused below
+            jobs.append((p, target/(f"{name}.png" if twins else short)))
     if len(seeds) == 1: jobs = [(p, o, seeds[0]) for p, o in jobs]
     else: jobs = [(p, o.with_name(f"{o.stem}_seed{s}{o.suffix}"), s) for p, o in jobs for s in seeds]
     _check_apart(jobs)
     return jobs
 
 def _check_apart(jobs:Sequence[tuple[Path, Path, int]])->None: # Usage unless each result has a place of its own
-    inputs, taken = {os.path.realpath(p) for p, *_ in jobs}, {}
+    inputs, taken, clashes = {os.path.realpath(p) for p, *_ in jobs}, {}, []
     for p, o, _ in jobs:
         at = os.path.realpath(o)
-        if at in inputs: raise Usage(f"{o} is an input; give another output")
-        if at in taken: raise Usage(f"{taken[at]} and {p} would both be written to {o}")
-        taken[at] = p
+        if at in inputs: clashes.append(f"{o} is an input")
+        elif at in taken: clashes.append(f"{taken[at]} and {p} would both be written to {o}")
+        else: taken[at] = p
+    if clashes: raise Usage(f"{'; '.join(dict.fromkeys(clashes))}; give another output")
     if not jobs: return
     top = jobs[0][1].parent
     there = next(p for p in (top, *top.parents) if os.path.lexists(p))
@@ -122,10 +139,12 @@ def read_seeds(text:str)->list[int]: # of the command line
 def upscale_parser()->argparse.ArgumentParser:
     "What `srnb upscale` takes"
     p = argparse.ArgumentParser("srnb upscale", description="Upscale images four times", allow_abbrev=False,
-        epilog="Exit codes: 0 all done, 1 some failed, 2 wrong usage, 130 interrupted.")
-    p.add_argument("inputs", nargs="+", metavar="IN", help="image file, folder (with what is below it) or pattern")
+        epilog="A result keeps the ICC profile and the dots per inch of its source, and no other metadata. Exit codes: "
+               "0 all done, 1 some not done, 2 wrong usage, 130 interrupted.")
+    p.add_argument("inputs", nargs="+", metavar="IN",
+        help="image file, folder (with what is below it, but for hidden files) or pattern")
     p.add_argument("-o", "--out", required=True, metavar="OUT",
-        help="folder for .png files, or a file name if there is one input")
+        help="folder for .png files, or a file name that ends as a picture's does if there is one input")
     p.add_argument("--model", metavar="NAME|FOLDER",
         help="onestep (default), small, the folder of a saved policy or of a run, or a backbone: a folder in "
              "diffusers' layout, or owner/name on the Hub")
@@ -144,7 +163,9 @@ def upscale_parser()->argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic")
     p.add_argument("--device",
         help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
-    p.add_argument("--force", action="store_true", help="replace outputs that exist")
+    there = p.add_mutually_exclusive_group()
+    there.add_argument("--force", action="store_true", help="replace outputs that exist")
+    there.add_argument("--skip", action="store_true", help="leave outputs that exist and are whole; no failure")
     more = p.add_argument_group("for a backbone")
     more.add_argument("--control", metavar="FOLDER|FILE", help="control branch; a copy of the base if not given")
     more.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
@@ -204,18 +225,25 @@ def _policy(args:argparse.Namespace): # the Policy that the command line names
         raise Usage(f"--sampler {args.sampler}: {model} shifts residuals, which takes ddim")
     return policy
 
-def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[str]]:
-    "(source, target, seed, pixels) of what can be done, and what failed; only headers are read"
-    from srnb.images import open_image
+def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[Path], list[str]]:
+    "(source, target, seed, pixels) of what can be done, which targets exist, and what failed; only headers are read"
+    from srnb.core import take_away_parts
+    from srnb.images import is_result, open_image
     found, failed = find_inputs(args.inputs, args.out)
-    todo = []
-    for source, target, seed in find_outputs(found, args.out, args.seed):
+    todo, there, jobs = [], [], find_outputs(found, args.out, args.seed)
+    for folder in {target.parent for _, target, _ in jobs}: take_away_parts(folder)
+    for source, target, seed in jobs:
         try:
-            if os.path.lexists(target) and (os.path.isdir(target) or not args.force):
-                raise ValueError(f"{target} exists already; --force replaces files")
-            with open_image(source) as im: todo.append((source, target, seed, im.width*im.height))
+            if os.path.isdir(source): raise ValueError("this folder may not be listed")
+            if os.path.isdir(target): raise ValueError(f"{target} is a folder")
+            with open_image(source) as im: w, h = im.size
+            if args.force or not os.path.lexists(target):
+                todo.append((source, target, seed, max(w*h, 64**2))) # smaller ones take no less time
+            elif args.skip and not is_result(target, (w, h)):
+                raise ValueError(f"{target} exists and is not the whole result; --force replaces it")
+            else: there.append(target)
         except Exception as e: failed.append(f"{source}: {reason(e)}")
-    return todo, list(dict.fromkeys(failed)) # a source fails once, whatever the seeds
+    return todo, there, list(dict.fromkeys(failed)) # a source fails once, whatever the seeds
 
 def run_upscale(
     argv:Sequence[str], # what follows `srnb upscale`
@@ -225,10 +253,15 @@ def run_upscale(
     check_args(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others
-        todo, failed = _ready(args)
+        todo, there, failed = _ready(args)
+        one = len(there) == 1
+        if there and args.skip: tell(f"{'1 output was' if one else f'{len(there)} outputs were'} there already")
         if todo: failed += _upscale_all(args, todo)
+    if there and not args.skip:
+        tell(f"{there[0]} exists already; --skip leaves it, --force replaces it" if one else
+             f"{len(there)} exist already, such as {there[0]}; --skip leaves them, --force replaces them")
     for o in (f"{len(failed)} failed:", *failed) if failed else (): tell(o)
-    return 1 if failed else 0
+    return 1 if failed or there and not args.skip else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
     from srnb.images import color_fix_of, upscale_file
@@ -237,21 +270,23 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
     policy, failed = _policy(args), []
     fix = color_fix_of(args.color_fix or ("adain" if on_latents(policy) else "none"))
     sampler = SAMPLERS.get(args.sampler)
-    begin, done, total = time.monotonic(), 0, sum(n for *_, n in todo)
+    waiting = sum(n for *_, n in todo) # pixels
+    seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up
     for i, (source, target, seed, n) in enumerate(todo, 1):
-        start = time.monotonic()
+        start, waiting = time.monotonic(), waiting-n
         def say(text, source=source): tell(f"{source}: {text}")
         try:
             w, h = upscale_file(source, target, policy, seed, args.tile, fix, args.force, say, args.steps, sampler,
                                 args.prompt)
         except Exception as e:
-            total -= n
             failed.append(f"{source}: {reason(e)}")
             tell(f"{i}/{len(todo)} {source} failed")
         else:
-            done, now = done+n, time.monotonic()
-            left = f", about {(now-begin)/done*(total-done):.0f} s left" if i < len(todo) else ""
-            tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {now-start:.1f} s{left})")
+            took = time.monotonic()-start
+            if warm: seconds, pixels = seconds+took, pixels+n
+            warm = True
+            left = f", about {seconds/pixels*waiting:.0f} s left" if pixels and waiting else ""
+            tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {took:.1f} s{left})")
     return failed
 
 # %% ../nbs/62_command.ipynb #62-command-t02
@@ -292,7 +327,9 @@ def run_command(
 )->int:                 # exit code
     "Hand the line to its sub-command, or say what there is"
     commands = {o.__name__.removeprefix("run_"): o for o in COMMANDS}
-    if argv and argv[0] in commands: return commands[argv[0]](argv[1:])
+    if argv and argv[0] in commands:
+        if not {"-h", "--help"} & {*argv}: tell(f"srnb {argv[0]}: loading, which takes some seconds")
+        return commands[argv[0]](argv[1:])
     rows = [f"  {name:10}{run.__doc__}" for name, run in commands.items()]
     parser = argparse.ArgumentParser("srnb", usage="srnb [-h] [--version] COMMAND ...", allow_abbrev=False,
         description="Preference-aligned super-resolution", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -314,3 +351,7 @@ def main(
     except Exception as e: code, text = 1, reason(e)
     tell(f"srnb: {text}")
     return code
+
+# %% ../nbs/62_command.ipynb #62-command-023
+#| eval: false
+if __name__ == "__main__" and "get_ipython" not in globals(): sys.exit(main())

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import math
 import sys
+import traceback
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
@@ -46,7 +47,11 @@ def _module_of(
         module.__file__, sys.modules[module.__name__] = str(path), module # dataclasses look their module up
         with torch.random.fork_rng():
             torch.manual_seed(0) # the same weights in every process
-            exec(compile(text, str(path), "exec"), module.__dict__)
+            try: exec(compile(text, str(path), "exec"), module.__dict__)
+            except Exception as e:
+                lines = [o.lineno for o in traceback.extract_tb(e.__traceback__) if o.filename == str(path)]
+                at = f", line {lines[-1]}" if lines else ""
+                raise ValueError(f"{where}: {file}{at}: {type(e).__name__}: {e}; mend the file") from e
         _files[path] = digest, module
     return _files[path]
 

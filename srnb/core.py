@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'replace_file', 'write_image', 'Clock', 'progress',
-           'RunOccupied', 'write_json', 'write_table', 'versions', 'git_revision', 'project_root', 'open_run',
-           'run_done', 'read_run', 'in_words']
+           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
+           'write_image', 'Clock', 'progress', 'RunOccupied', 'write_json', 'write_table', 'versions', 'git_revision',
+           'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -170,6 +172,20 @@ def to_pil(
     check_images(image[None], "image")
     return Image.fromarray(image.detach().cpu().mul(255).round().byte().permute(1, 2, 0).numpy())
 
+def part_start()->str:
+    "How the names of all files begin that a process of this machine is still writing; its number follows"
+    return f".part-{re.sub('[^A-Za-z0-9]+', '_', platform.node())}-"
+
+def take_away_parts(
+    folder:str|Path, # not those below it
+)->None:
+    "Delete what processes of this machine were writing when they died"
+    import psutil
+    for path in Path(folder).glob(f"{part_start()}*"):
+        process = path.name.removeprefix(part_start()).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(OSError): path.unlink() # another process may do the same
+
 def replace_file(
     path:Path,                    # its folder is made if it is not there
     write:Callable[[str], object],# writes a file at the temporary path that it is given
@@ -179,7 +195,7 @@ def replace_file(
     mask = os.umask(0) # it can only be read by setting it
     os.umask(mask)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f"{part_start()}{os.getpid()}-", suffix=path.suffix)
     os.close(fd)
     try:
         write(tmp)
@@ -212,6 +228,7 @@ class Clock:
     ):
         self.what, self.say, self.every, self.start, self.at_once, self.note = what, say, every, start, at_once, note
         self.begin = self.last = time.monotonic()
+        self.first = self.begin, start # when something new was done first, and how much
 
     def __call__(self,
         done:int,  # so far, those of an earlier run included
@@ -220,9 +237,11 @@ class Clock:
         "To be called after every item; most calls say nothing"
         now = time.monotonic()
         passed, new = now-self.begin, done-self.start
+        since, before = self.first
+        left = (now-since)/max(done-before, 1)*(total-done)
+        if before == self.start and new: self.first = now, done # the first item warms up, and says little of the others
         at_once, at_end = self.at_once and new == 1 and done < total, done == total and passed >= self.every
         if not (at_once or at_end or now-self.last >= self.every): return
-        left = passed/max(new, 1)*(total-done)
         self.say(f"{self.what}: {done}/{total}, {passed:.0f} s, {left:.0f} s left {self.note()}".rstrip())
         self.last = now
 
@@ -312,6 +331,7 @@ def open_run(
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(config, dict(params=params, versions=versions(), git=git_revision(), cpus=os.cpu_count(),
                                 machine=platform.machine(), created=now))
+    for folder in (out, *(p for p in out.rglob("*") if p.is_dir())): take_away_parts(folder)
     return out
 
 def run_done(out_dir:str|Path)->bool:

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'FORMATS', 'ENDS', 'SAVES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused',
-           'check_pillow', 'from_cmyk', 'of_pillow', 'adain_fix', 'low_band', 'wavelet_fix', 'color_fix_of',
-           'load_model', 'Clock', 'upscale', 'kind_of', 'open_image', 'check_holds', 'save_image', 'upscale_file']
+           'jxl_form', 'bits_of', 'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'adain_fix',
+           'low_band', 'wavelet_fix', 'color_fix_of', 'load_model', 'upscale', 'kind_of', 'ask_plugin', 'open_image',
+           'is_result', 'check_holds', 'save_image', 'upscale_file']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
 import logging
-import time
+import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .core import bicubic, check_images, generator, replace_file, to_bytes
+from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
+from .data import PICTURES
 from .policies import Policy, from_pretrained, usual_dtype
 from .tiles import on_latents, plan_tiles, solve_blended, solve_tiles
 
@@ -94,6 +99,57 @@ PILLOW_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB":
 class Refused(ValueError):
     "A sound image of a kind that is not taken here"
 
+def jxl_form(
+    head:bytes, # of a JPEG XL file, its first box or two
+)->tuple[int, bool]: # bits a channel, whether it is an animation
+    "What the header of a codestream says before anything is decoded; its layout is that of ISO/IEC 18181-1"
+    start = re.search(rb"^\xff\x0a|jxlc\xff\x0a|jxlp....\xff\x0a", head, re.S)
+    if start is None: raise ValueError("its codestream does not begin where it is looked for")
+    bits = int.from_bytes(head[start.end():start.end()+64], "little")
+    def take(n): # the next n bits
+        nonlocal bits
+        value, bits = bits & (1 << n)-1, bits >> n
+        return value
+    def skip_size():
+        small = take(1)
+        def side(): return take(5 if small else (9, 13, 18, 30)[take(2)])
+        side() # the height
+        if take(3) == 0: side() # no ratio is given, but the width
+    skip_size()
+    if take(1): return 8, False # all metadata have their defaults
+    if take(1): # more than the bits
+        take(3) # orientation
+        if take(1): skip_size() # to be shown at another size
+        if take(1): raise Refused("holds a preview beside its picture; convert it to PNG first")
+        if take(1): return 8, True
+    if take(1): return 32, False # floating point
+    return ((8, 10, 12)[kind] if (kind := take(2)) < 3 else take(6)+1), False
+
+def bits_of(
+    im:Image.Image, # its file is still open if it has one
+)->int:             # 8 if nothing says more
+    "The most bits a channel that an image's file holds; Pillow cuts colour to 8 without a word"
+    head, said = b"", [8, im.info.get("bit_depth", 8)] # as pillow-heif calls it
+    if im.format in ("AVIF", "JPEG2000", "JXL") and im.fp:
+        at = im.fp.tell()
+        im.fp.seek(0)
+        head = im.fp.read(2**20)
+        im.fp.seek(at)
+    if im.format == "AVIF": # flags high_bitdepth and twelve_bit of each AV1 stream
+        flags = [o[0] for o in re.findall(rb"av1C..(.)", head, re.S)]
+        said += [12 if o & 0x20 else 10 for o in flags if o & 0x40]
+    if im.format == "JXL" and head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")): # not so once it is decoded
+        bits, animated = jxl_form(head)
+        if animated: raise Refused("holds several pictures (an animation); extract one of them first")
+        said.append(bits)
+    if im.format == "JPEG2000" and (size := re.search(rb"\xff\x4f\xff\x51.{36}(..)", head, re.S)):
+        channels = int.from_bytes(size[1], "big")
+        said += [1 + (o & 0x7f) for o in head[size.end():size.end()+3*channels:3]]
+    for tile in getattr(im, "tile", ()):
+        if im.format == "PPM": said += [o.bit_length() for o in tile[3] if isinstance(o, int)] # its highest value
+        elif im.format not in ("BMP", "TGA"): said += map(int, re.findall(";(1[26])", str(tile))) # those have 5 or 6
+    return max(said)
+
 def check_pillow(
     im:Image.Image, # need not be loaded
 )->None:
@@ -101,10 +157,11 @@ def check_pillow(
     if im.format != "MPO" and getattr(im, "n_frames", 1) > 1: # MPO: a phone's JPEG with a preview behind it
         raise Refused(f"holds {im.n_frames} pictures (an animation or several pages); extract one of them first")
     if im.mode not in PILLOW_MODES: raise Refused(f"colour mode {im.mode}; convert it to RGB or L first")
-    deep = any(";16" in str(o) or ";12" in str(o) for o in getattr(im, "tile", ()))
-    if deep and not im.mode.startswith("I;16"):
-        raise Refused("16 bits a channel in colour, of which Pillow would drop 8; convert it to 8 bit, or pass a "
-                      "numpy array of uint16")
+    bits = bits_of(im)
+    if bits > 8 and not im.mode.startswith("I;16"):
+        what = "grey with alpha" if im.mode == "LA" or "LA;" in str(getattr(im, "tile", "")) else "colour"
+        raise Refused(f"{bits} bits a channel in {what}, of which Pillow would drop {bits-8}; convert it to 8 bit, or "
+                      "pass a numpy array of uint16")
     if im.mode.startswith("I;16") and "transparency" in im.info:
         raise Refused("16-bit grey with a transparent level; convert it to 8 bit first")
     if im.mode == "CMYK" and not im.info.get("icc_profile"):
@@ -120,17 +177,43 @@ def from_cmyk(
     except (ImageCms.PyCMSError, OSError) as e:
         raise Refused(f"CMYK with an unusable ICC profile ({e}); convert it to sRGB first") from e
 
+def profile_of(
+    im:Image.Image, # RGB or grey
+)->tuple[bytes|None, list[str]]: # the profile that its result can keep, notes
+    "The ICC profile of an image, unless it is damaged or describes other colours"
+    icc = im.info.get("icc_profile")
+    if not icc: return None, []
+    try: space = ImageCms.ImageCmsProfile(io.BytesIO(icc)).profile.xcolor_space.strip()
+    except (ImageCms.PyCMSError, OSError): return None, ["its ICC profile is left out, because it is damaged"]
+    if space == "RGB" or space == "GRAY" and PILLOW_MODES[im.mode] in ("L", "LA", "I;16"): return icc, []
+    return None, [f"its ICC profile is left out, because it is one of {space} and the picture is {im.mode}"]
+
+def dpi_of(
+    im:Image.Image, # as it lies in its file
+)->tuple|None:      # dots per inch across and down, once it is upright
+    "The print resolution, if it is one"
+    dpi = im.info.get("dpi")
+    if dpi is None or not all(math.isfinite(o) and 1 < o < 65535 for o in dpi): return None # 1 is TIFF's default
+    lies = im.getexif().get(0x0112, 1) > 4 # orientations 5 to 8 swap the sides
+    return tuple(float(o) for o in (reversed(dpi) if lies else dpi))
+
 def of_pillow(
     im:Image.Image, # of a mode in PILLOW_MODES
 )->Work:
     "Make a Pillow image ready"
     check_pillow(im)
-    mode, notes, icc = PILLOW_MODES[im.mode], [], im.info.get("icc_profile")
+    mode, notes, dpi = PILLOW_MODES[im.mode], [], dpi_of(im)
     if im.format == "MPO": notes.append("the first of several pictures")
-    im = ImageOps.exif_transpose(im)
+    kind, im = im.format, ImageOps.exif_transpose(im)
     if im.mode == "CMYK":
         im, icc = from_cmyk(im), None
         notes.append("converted from CMYK to sRGB")
+    else:
+        icc, more = profile_of(im)
+        notes += more
+    if kind in ("BMP", "TGA") and im.mode == "RGBA" and im.getextrema()[3] == (0, 0): # padding more often than meant
+        im, mode = im.convert("RGB"), "RGB"
+        notes.append("its alpha is 0 everywhere and taken for absent")
     if im.has_transparency_data: mode = {"L": "LA", "RGB": "RGBA"}.get(mode, mode)
     if mode == "I;16": work = of_array(np.asarray(im).astype(np.uint16))
     elif mode == "LA":
@@ -139,7 +222,7 @@ def of_pillow(
     else: work = of_array(np.asarray(im.convert(mode)))
     def back(sr, alpha):
         out = Image.fromarray(_pixels(sr, alpha, True) if mode == "LA" else work.back(sr, alpha))
-        if icc: out.info["icc_profile"] = icc
+        out.info.update({k: v for k, v in dict(icc_profile=icc, dpi=dpi).items() if v})
         return out
     return Work(work.lq, work.alpha, back, mode, work.answer, tuple(notes))
 
@@ -226,18 +309,6 @@ def load_model(
     options = options or BackboneOptions()
     with _quiet(): return load_backbone(model, options, dtype=dtype, device=device, prompts=prompts)
 
-class Clock:
-    "Says how far the work is: after the first tile if there are several, and then every five seconds"
-    def __init__(self, say, what:str="tiles", at_once:bool=True):
-        self.say, self.what, self.at_once, self.begin = say, what, at_once, time.monotonic()
-        self.last = self.begin
-    def __call__(self, done, total):
-        now = time.monotonic()
-        if done < total and (done == 1 and self.at_once or now-self.last >= 5):
-            took = now-self.begin
-            self.say(f"{self.what}: {done}/{total}, {took:.0f} s, about {took/done*(total-done):.0f} s left")
-            self.last = now
-
 def _run(work:Work, policy, seed:int, tile:int|None, fix:Callable|None, steps:int|None, overlap:int, say:Callable,
          sampler:Callable|None=None, prompt:str="")->object: # the kind that `work` was made of
     for o in work.notes: say(f"note: {o}")
@@ -250,7 +321,7 @@ def _run(work:Work, policy, seed:int, tile:int|None, fix:Callable|None, steps:in
     lq = work.lq if work.alpha is None else fill_hidden(work.lq, work.alpha)
     out, (solve, what) = [], (solve_blended, "windows in all steps") if on_latents(policy) else (solve_tiles, "tiles")
     for o in lq: # one at a time, with the same noise: a batch gives what its images give
-        clock = Clock(say, what, plan.tiles > 1)
+        clock = Clock(what, say, at_once=plan.tiles > 1)
         sr = solve(policy, o[None], seed, plan.tile, overlap, steps, clock, sampler, prompt)
         if fix is not None:
             y = policy.codec.upsample(o[None].cpu())
@@ -290,7 +361,9 @@ def upscale(
 #: Format as Pillow calls it -> endings of its files, options of writing it; None: it is read only
 FORMATS = {"PNG": ([".png"], {}), "JPEG": ([".jpg", ".jpeg", ".jfif"], dict(quality=95, subsampling=0)),
            "WEBP": ([".webp"], dict(lossless=True)), "BMP": ([".bmp"], None),
-           "TIFF": ([".tif", ".tiff"], dict(compression="tiff_lzw")), "GIF": ([".gif"], None)}
+           "TIFF": ([".tif", ".tiff"], dict(compression="tiff_lzw")), "GIF": ([".gif"], None),
+           "AVIF": ([".avif"], None), "JPEG2000": ([".jp2", ".j2k"], None), "PPM": ([".ppm", ".pgm", ".pbm"], None),
+           "TGA": ([".tga"], None), "HEIF": ([".heic", ".heif", ".hif"], None), "JXL": ([".jxl"], None)}
 ENDS = tuple(end for ends, _ in FORMATS.values() for end in ends) # looked for in a folder
 SAVES = tuple(end for ends, options in FORMATS.values() for end in ends if options is not None) # written
 
@@ -300,20 +373,59 @@ def kind_of(
     "The format that a file's ending says"
     return next(kind for kind, (ends, _) in FORMATS.items() if path.suffix.lower() in ends)
 
+def ask_plugin(
+    path:str|Path, # of a file
+)->None:           # Pillow can read HEIF or JPEG XL afterwards
+    "Load the package that reads a file of this kind, if it is one that Pillow alone does not read"
+    with open(path, "rb") as f: head = f.read(64)
+    heif = head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf") and b"avif" not in head
+    jxl = head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))
+    if not heif and not jxl: return
+    module, package = ("pillow_heif", "pillow-heif") if heif else ("pillow_jxl", "pillow-jxl-plugin")
+    try: plugin = import_module(module) # which tells Pillow of JPEG XL
+    except ImportError:
+        raise Refused(f"{'HEIF' if heif else 'JPEG XL'}, which needs a package more: pip install {package}") from None
+    if heif: plugin.register_heif_opener()
+
 def open_image(
     path:str|Path, # of a format in FORMATS
 )->Image.Image:    # its pixels are not read yet
     "Open an image file; ValueError says what is wrong with it"
+    end = Path(path).suffix.lower()
     try:
-        im = Image.open(path, formats=list(FORMATS))
+        if end in PICTURES and end not in ENDS: # some of them begin as a TIFF does, which is a preview
+            raise Refused(f"a {end} file, which is not read here; convert it to PNG or TIFF first")
+        Image.init()
+        ask_plugin(path)
+        known = [k for k, (ends, _) in FORMATS.items() if k in Image.OPEN and (k != "TGA" or end in ends)]
+        im = Image.open(path, formats=known) # anything may look like a TGA
         check_pillow(im)
         return im
     except Refused: raise
     except UnidentifiedImageError:
+        if not os.path.getsize(path): raise ValueError("the file is empty") from None
         raise ValueError(f"not an image of a kind that is read here ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as e: raise ValueError(f"too large: {e}") from e
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as e: raise ValueError(e.strerror) from e
-    except Exception as e: raise ValueError(f"damaged image ({e})") from e # every reader fails in its own way
+    except Exception as e: # every reader fails in its own way
+        if os.path.islink(path) and not os.path.exists(path):
+            raise ValueError(f"a link to {os.readlink(path)}, which is not there") from e
+        known = isinstance(e, OSError) and e.strerror # the system's, not a reader's
+        raise ValueError(e.strerror if known else f"damaged image ({e})") from e
+
+def is_result(
+    path:Path,          # a file that is there
+    size:Sequence[int], # (w, h) of its source
+)->bool:
+    "Whether a file is a whole image, four times as large as its source"
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None # a result may be larger than what is read as a source
+    try:
+        with Image.open(path, formats=[kind_of(path)]) as im:
+            if sorted(im.size) != sorted(4*n for n in size): return False # a result is upright, its source may not be
+            if im.format == "PNG": im.verify() # checksums, without decoding
+            else: im.load()
+            return True
+    except Exception: return False # every reader fails in its own way
+    finally: Image.MAX_IMAGE_PIXELS = limit
 
 def check_holds(
     path:Path,          # of the output
@@ -334,12 +446,16 @@ def save_image(
     image:Image.Image,  # of a mode that the format holds
     path:Path,          # ends in one of SAVES
     force:bool=False,   # replace what is there
+    say:Callable[[str], None]=print, # told what the format cannot keep
 )->None:
     "Write an image, whole or not at all"
     kind = kind_of(path)
-    icc = None if kind == "WEBP" and image.mode in ("L", "LA") else image.info.get("icc_profile") # WebP makes it RGB
+    keep = {k: image.info[k] for k in ("icc_profile", "dpi") if k in image.info}
+    if kind == "WEBP" and image.mode in ("L", "LA") and keep.pop("icc_profile", None):
+        say("note: the ICC profile is left out, because WebP makes grey RGB")
+    if kind == "WEBP" and keep.pop("dpi", None): say("note: WebP holds no dots per inch")
     def write(tmp):
-        image.save(tmp, kind, icc_profile=icc, **FORMATS[kind][1])
+        image.save(tmp, kind, **dict(icc_profile=None) | keep, **FORMATS[kind][1])
         if path.exists() and not force: raise FileExistsError(17, "it exists already")
     try: replace_file(path, write)
     except OSError as e: raise OSError(f"cannot write {path}: {e.strerror or e}") from e
@@ -366,5 +482,5 @@ def upscale_file(
         except Exception as e: raise ValueError(f"damaged image ({e})") from e
     size = tuple(policy.codec.factor*n for n in reversed(work.lq.shape[-2:]))
     check_holds(target, work.mode, size)
-    save_image(_run(work, policy, seed, tile, fix, steps, 32, say, sampler, prompt), target, force)
+    save_image(_run(work, policy, seed, tile, fix, steps, 32, say, sampler, prompt), target, force, say)
     return size

@@ -51,11 +51,9 @@ def _columns(bank:Path, metrics, reward, normaliser, photos)->tuple[dict, dict]:
     "What holds for the whole bank, and the columns beside prompt and images: name -> values, one per group"
     if not (bank/"config.json").exists():
         raise FileNotFoundError(f"{bank} holds no config.json: give the folder of a bank that make_bank wrote")
-    config, done = json.loads((bank/"config.json").read_text()), set(finished_groups(bank))
+    config, ids = json.loads((bank/"config.json").read_text()), [_name(i, bank) for i in finished_groups(bank)]
     params = config["params"]
-    params.pop("inputs", None)
-    order = params.pop("ids", sorted(done)) # not the one in which ranks finished them
-    ids = [_name(i, bank) for i in order if i in done]
+    for name in ("ids", "inputs"): params.pop(name, None)
     if not ids: raise ValueError(f"{bank} holds no finished group; run make_bank first")
     metrics = list(dict.fromkeys([*metrics, *(reward.metrics if reward else ())]))
     about = dict(params=params, versions=config["versions"], reward=None,

@@ -140,7 +140,8 @@ def run_of(
     if not words or words[0] in ("-h", "--help"):
         lines = "\n".join(f"  {n:8}{what}" for n, (what, _) in known.items())
         usage = USAGE.format(prog=prog, presets=lines)
-        raise SystemExit(print(usage) if words else usage) # asked for, it goes to the output and is no error
+        print(usage, file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2) # asked for, it is no error
     name, *rest = words
     if name.endswith(".json"): default = read_config(name)
     elif own_file(name): default = coerced(name, Union[KINDS], "run")
@@ -159,7 +160,9 @@ def main(
 )->None:
     "Train what a command line describes; what is wrong with it is said in one line"
     try: print(train(run_of(sys.argv[1:] if words is None else words, prog)))
-    except (ValueError, OSError, RuntimeError, MemoryError) as e: raise SystemExit(f"{prog}: {e}") from e
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(e, (ValueError, FileNotFoundError)) else 1) from e # 2: it was called wrongly
 
 # %% ../nbs/44_train.ipynb #44-train-021
 #| eval: false

@@ -117,5 +117,22 @@ def test_clock(clock):
     assert said([(2, 1), (2, 2), (2, 3)], 3, at_once=True) == ["tiles: 1/3, 2 s, 4 s left", "tiles: 3/3, 6 s, 0 s left"]
     assert said([(2, 1)], 1, at_once=True) == said([(2, 1), (2, 2)], 2) == []
     assert said([(2, 6)], 9, at_once=True, start=5) == ["tiles: 6/9, 2 s, 6 s left"]
+    slow = said([(60, 1), (1, 2), (5, 7)], 9, every=0., at_once=True) # the first one warms up
+    assert slow == ["tiles: 1/9, 60 s, 480 s left", "tiles: 2/9, 61 s, 7 s left", "tiles: 7/9, 66 s, 2 s left"]
     waits = said([(6, 4), (6, 4), (1, 8)], 12, start=4) # nothing new at first
     assert waits == ["tiles: 4/12, 6 s, 48 s left", "tiles: 4/12, 12 s, 96 s left"]
+
+
+def test_a_run_takes_away_what_its_dead_processes_left(tmp_path):
+    import subprocess
+    import sys
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    run = core.open_run(tmp_path/"run", dict(seed=0))
+    (run/"bank").mkdir()
+    dead, alive = (run/f"bank/{core.part_start()}{o}-x.parquet" for o in (int(child.stdout), os.getpid()))
+    for p in (dead, alive): p.write_text("half")
+    core.open_run(run, dict(seed=0))
+    assert not dead.exists() and alive.exists()
+    seen = []
+    core.replace_file(run/"a.txt", seen.append)
+    assert seen[0].startswith(f"{run}/{core.part_start()}{os.getpid()}-")

@@ -2,9 +2,9 @@
 banks made by many processes"""
 import json
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from srnb import curation
 from srnb.core import check_close, generator, quantize
-from srnb.curation import (Claims, Ledger, finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight,
-                           make_bank, read_group, rehearse, score_bank, share, top_bottom)
+from srnb.curation import (finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight, make_bank,
+                           read_group, score_bank, share, top_bottom)
 from srnb.nets import SmallUNet, UNetConfig
 from srnb.policies import Policy
 from srnb.rewards import OFFLINE, PSNR_Y, SSIM_Y, GroupMinMax, hybrid
@@ -78,7 +79,7 @@ def worker(folder, journal, seconds, stop, until):
     torch.set_num_threads(1)
     policy, pairs = inputs()
     name_of, sample, score_group = {group_seeds(i, 3)[0]: i for i, _, _ in pairs}, policy.sample, curation.score_group
-    finish, passed = Ledger.finish, Counter()
+    replace_file, write_table, passed = curation.replace_file, curation.write_table, Counter()
     def note(text):
         with open(journal, "a") as f: f.write(text+"\n")
     def reach(place): # for the n-th time: "sample 3" stops here and stays until it is killed
@@ -89,54 +90,51 @@ def worker(folder, journal, seconds, stop, until):
     def slow(lq, seeds, *rest):
         note(name_of[seeds[0]])
         reach("sample")
-        while until and not Path(until).exists(): time.sleep(.005)
-        time.sleep(float(seconds))
+        while until and not until.exists(): time.sleep(.005)
+        time.sleep(seconds)
         return sample(lq, seeds, *rest)
-    def noted(ledger, i):
-        assert (ledger.folder/"groups"/f"{i}.safetensors").exists() # before its line
-        reach("line")
-        finish(ledger, i)
+    def placed(path, write):
+        def written(tmp):
+            write(tmp)
+            reach("write") # whole, but not in its place
+        replace_file(path, written)
+        reach("place")
     def scored(*a):
         note("score")
         return score_group(*a)
-    policy.sample, curation.score_group, Ledger.finish = slow, scored, noted
+    def noted(*a):
+        reach("table")
+        return write_table(*a)
+    policy.sample, curation.score_group, curation.replace_file, curation.write_table = slow, scored, placed, noted
     Path(f"{journal}.ready").touch()
-    while not Path(folder).with_name("go").exists(): time.sleep(.005) # all begin at once
+    while not folder.with_name("go").exists(): time.sleep(.005) # all begin at once
     make_bank(folder, policy, pairs, 3, 2)
     assert [len(read_group(folder, i).sr) for i, _, _ in pairs] == [3]*GROUPS # at once, whoever made them
     score_bank(folder, [PSNR_Y, SSIM_Y]).to_parquet(f"{journal}.parquet")
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(tmp_path, forked):
     "Starts a process that curates; none outlives its test"
-    here, team = str(Path(__file__).parent), []
-    code = f"import sys; sys.path.insert(0, {here!r}); from test_curation import worker; worker(*sys.argv[1:])"
-    def one(rank, world=2, seconds=.05, stop="", until=""):
-        told = [str(tmp_path/"bank"), str(tmp_path/f"journal{rank}"), str(seconds), stop, str(until)]
-        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
-        with (tmp_path/f"errors{rank}").open("w") as errors:
-            team.append(subprocess.Popen([sys.executable, "-c", code, *told], env=env, stdout=subprocess.DEVNULL,
-                                         stderr=errors))
-        return team[-1]
-    yield one
-    for p in team:
-        p.kill()
-        p.wait()
+    def one(number, world=2, seconds=.05, stop="", until=""): # world 1: a launch of its own
+        env = dict(RANK=str(number if world > 1 else 0), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+        return forked(worker, tmp_path/"bank", tmp_path/f"journal{number}", seconds, stop, until, **env)
+    return one
 
 
-def wait_for(tmp, team, what): # while all are at work
+def wait_for(team, what): # while all are at work
     while not what():
-        for r, p in enumerate(team): assert p.poll() is None, (tmp/f"errors{r}").read_text()
+        for p in team: assert p.poll() is None, p.err
         time.sleep(.005)
 
 
 def start(tmp, team): # when all have loaded
-    wait_for(tmp, team, lambda: all((tmp/f"journal{r}.ready").exists() for r in range(len(team))))
+    wait_for(team, lambda: all((tmp/f"journal{r}.ready").exists() for r in range(len(team))))
     (tmp/"go").touch()
 
 
-def begun(tmp, rank): return (tmp/f"journal{rank}").read_text().split() if (tmp/f"journal{rank}").exists() else []
+def begun(tmp, number): # groups that it sampled, and "score" for each that it scored
+    return (tmp/f"journal{number}").read_text().split() if (tmp/f"journal{number}").exists() else []
 
 
 def tree(folder): # path -> bytes, of every file; of the configuration what must agree
@@ -153,16 +151,19 @@ def whole(tmp_path_factory):
     return folder, score_bank(folder, [PSNR_Y, SSIM_Y])
 
 
-def test_one_manifest(whole):
-    assert (whole[0]/"manifest.jsonl").read_text() == "".join(f'{{"id": "photo{k}"}}\n' for k in range(GROUPS))
-    assert sorted(p.name for p in whole[0].iterdir()) == ["config.json", "groups", "manifest.jsonl", "scores"]
+def unasked(folder): # continue a bank whose groups are all there: the policy may not be asked
+    policy, pairs = inputs()
+    policy.sample = None
+    return make_bank(folder, policy, pairs, 3, 2)
 
 
-def test_two_processes(whole, tmp_path, launch, monkeypatch):
-    "They open one new folder at once, share groups and scores, and leave what one process leaves; a third does nothing"
-    team = [launch(r, seconds=t) for r, t in ((0, .05), (1, .3))] # the fast one takes over from the slow one
+@pytest.mark.parametrize("world", [2, 1])
+def test_two_processes(whole, tmp_path, launch, monkeypatch, world):
+    """Of one launch, or of two that know nothing of each other: both open one new folder at once, no group is made
+    twice, and they leave what one process leaves; a third does nothing"""
+    team = [launch(r, world, t) for r, t in ((0, .02), (1, .1))]
     start(tmp_path, team)
-    for r, p in enumerate(team): assert p.wait() == 0, (tmp_path/f"errors{r}").read_text()
+    for p in team: assert p.wait() == 0, p.err
     each = [begun(tmp_path, r) for r in (0, 1)]
     done = sorted(i for e in each for i in e if i != "score")
     assert done == sorted(f"photo{k}" for k in range(GROUPS)) # every group once
@@ -171,125 +172,139 @@ def test_two_processes(whole, tmp_path, launch, monkeypatch):
     for r in (0, 1): assert pd.read_parquet(tmp_path/f"journal{r}.parquet").equals(whole[1])
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    policy, pairs = inputs()
-    policy.sample = None # nobody may ask
-    make_bank(tmp_path/"bank", policy, pairs, 3, 2)
-    assert tree(tmp_path/"bank") == tree(whole[0])
+    assert tree(unasked(tmp_path/"bank")) == tree(whole[0])
 
 
-@pytest.mark.parametrize("victim, stop", [(0, "sample 3"), (1, "line 2")])
+@pytest.mark.parametrize("victim, stop", [(0, "sample 3"), (1, "write 2")])
 def test_killed(whole, tmp_path, launch, victim, stop):
-    "SIGKILL while a group is sampled, or between its file and its line: the other does everything else, and that again"
+    "SIGKILL while a group is sampled, or before its file takes its place: the other does all else, and that again"
     other, stopped = 1-victim, tmp_path/f"journal{victim}.stopped"
     team = [launch(r, **(dict(stop=stop) if r == victim else dict(until=stopped))) for r in (0, 1)]
     start(tmp_path, team)
-    wait_for(tmp_path, team, lambda: stopped.exists() and len(begun(tmp_path, other)) > 3)
+    wait_for(team, lambda: stopped.exists() and len(begun(tmp_path, other)) > 3)
     team[victim].kill()
     assert team[victim].wait() == -signal.SIGKILL
     finished, mine = finished_groups(tmp_path/"bank"), begun(tmp_path, victim)
     assert set(mine[:-1]) < set(finished) and mine[-1] not in finished and len(mine) == int(stop.split()[1])
-    assert team[other].wait() == 0, (tmp_path/f"errors{other}").read_text()
+    assert team[other].wait() == 0, team[other].err
     names = Counter(i for r in (0, 1) for i in begun(tmp_path, r) if i != "score")
     assert len(names) == GROUPS and [i for i, n in names.items() if n > 1] == mine[-1:] and names[mine[-1]] == 2
     assert tree(tmp_path/"bank") == tree(whole[0])
 
 
-def emptied(folder, ids=("a", "b", "c")): # share empty groups; what this call did
-    ledger, did = Ledger(folder), []
-    def work(i):
-        did.append(i)
-        ledger.finish(i)
-    share(folder/"claims", list(ids), ledger.done, ledger.refresh, work)
-    return did
+@pytest.mark.parametrize("stop", ["sample 3", "write 1", "place 2", "table 3"])
+def test_killed_alone(whole, tmp_path, launch, stop):
+    "Another launch waits while the first is at work; after its SIGKILL it goes on, and nothing is lost or torn"
+    first, stopped = launch(0, 1, 0, stop), tmp_path/"journal0.stopped"
+    start(tmp_path, [first])
+    wait_for([first], stopped.exists)
+    second = launch(1, 1, 0)
+    wait_for([first, second], (tmp_path/"journal1.ready").exists)
+    time.sleep(.3)
+    assert begun(tmp_path, 1) == [] # it waits for the lock
+    first.kill()
+    assert first.wait() == -signal.SIGKILL and second.wait() == 0, second.err
+    place, n = stop.split()
+    again = dict(sample="photo2", write="photo0", table="score").get(place) # what was in work
+    both = Counter(begun(tmp_path, 0)+begun(tmp_path, 1))
+    want = Counter([f"photo{k}" for k in range(GROUPS)] + ["score"]*GROUPS + [again]*(again is not None))
+    assert both == want and tree(tmp_path/"bank") == tree(whole[0])
+    assert pd.read_parquet(tmp_path/"journal1.parquet").equals(whole[1])
 
 
-def test_void_claims(tmp_path, monkeypatch):
-    "Of an ended process here: at once; of another machine: when untouched; of the living: never, and waiting ends"
-    claims = tmp_path/"claims"
-    claims.mkdir()
-    with subprocess.Popen(["sleep", "60"]) as other:
-        mine = Claims(claims)
-        os.symlink(f"{mine.me.split()[0]} {other.pid} 1", claims/"a")
-        assert not mine.take("a")
-        other.kill()
-    assert mine.take("a") and mine.void(claims/"no") is None
-    mine.drop()
-    os.symlink(f"{mine.me.split()[0]} {os.getpid()} 1", claims/"a") # an earlier call of this process
-    assert emptied(tmp_path) == ["a", "b", "c"] and not claims.exists() and emptied(tmp_path) == []
+def test_killed_at_random(whole, tmp_path, launch):
+    "SIGKILL at any moment, again and again: what is there is whole, and each kill costs at most the group in work"
+    chance, kills = random.Random(0), 8
+    (tmp_path/"go").touch()
+    def left(): # of the groups that are there
+        paths = (tmp_path/"bank"/"groups").glob("photo*.safetensors")
+        return {p.name: p.read_bytes() for p in paths}
+    for k in range(kills):
+        run = launch(k, 1, .01)
+        wait_for([run], (tmp_path/f"journal{k}.ready").exists)
+        run.wait(chance.uniform(0, .15))
+        run.kill()
+        run.wait()
+        for name, data in left().items(): assert data == (whole[0]/"groups"/name).read_bytes()
+    last = launch(kills, 1, 0)
+    assert last.wait() == 0, last.err
+    names = Counter(i for k in range(kills+1) for i in begun(tmp_path, k) if i != "score")
+    assert len(names) == GROUPS and sum(names.values()) <= GROUPS+kills
+    assert tree(tmp_path/"bank") == tree(whole[0])
 
-    monkeypatch.setattr(curation, "STALE", .4)
+
+def test_waiting_ends(tmp_path, launch, monkeypatch):
+    "A process that hangs with a lock is not waited for for ever, and all that it does not hold is done"
+    hung = launch(1, stop="sample 2")
+    start(tmp_path, [])
+    wait_for([hung], (tmp_path/"journal1.stopped").exists)
     monkeypatch.setattr(curation, "PATIENCE", 1.)
-    folder = tmp_path/"gone"
-    (folder/"claims").mkdir(parents=True)
-    os.symlink("elsewhere/1 1 1", folder/"claims/b")
-    begin = time.monotonic()
-    assert emptied(folder) == ["a", "c", "b"] and time.monotonic()-begin > .4 and not (folder/"claims").exists()
-
-    folder = tmp_path/"alive"
-    monkeypatch.setattr(curation, "BEAT", .1)
-    with Claims(folder/"claims") as there:
-        there.me = "elsewhere/1 1 1"
-        assert there.take("b")
-        waited = r"waited \d+ s for 1 that other processes hold.*the first is b"
-        with pytest.raises(TimeoutError, match=waited): emptied(folder)
-        assert finished_groups(folder) == ["a", "c"]
-
-
-def test_taken_over_by_one(tmp_path):
-    "A void claim that another has just replaced is left to it"
-    slow, fast = Claims(tmp_path), Claims(tmp_path)
-    fast.me = "elsewhere/1 1 1"
-    os.symlink(old := f"{slow.me.split()[0]} {os.getpid()} 0", tmp_path/"a")
-    judged = slow.void
-    def late(path): # between the judgement and the deed
-        text = judged(path)
-        if text == old:
-            (tmp_path/"a").unlink()
-            os.symlink(fast.me, tmp_path/"a")
-        return text
-    slow.void = late
-    assert not slow.take("a") and os.readlink(tmp_path/"a") == fast.me and len(list(tmp_path.iterdir())) == 1
-
-
-def test_torn_lines(tmp_path, monkeypatch):
-    "A torn line counts for nothing, in any manifest; its own process cuts it off, others pass over it"
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    (tmp_path/"manifest.jsonl").write_text('{"id": "a"}\n{"id": "b')
-    (tmp_path/"manifest-0.jsonl").write_text('{"id": "c"}\n{"id": "d{"id": "e"}\n{"id": "f"}\n')
-    (tmp_path/"manifest-1.jsonl").write_text('{"id": "g"}\n{"id"')
-    assert sorted(finished_groups(tmp_path)) == ["a", "c", "f", "g"]
-    ledger = Ledger(tmp_path)
-    ledger.refresh()
-    ledger.mend()
-    ledger.finish("h")
-    ledger.mend()
-    assert (tmp_path/"manifest-1.jsonl").read_text() == '{"id": "g"}\n{"id": "h"}\n'
-    assert emptied(tmp_path, "abcdefgh") in (["b", "e", "d"], ["b", "d", "e"])
-    Ledger(tmp_path).merge("abcdefgh")
-    assert finished_groups(tmp_path) == list("abcdefgh") and [p.name for p in tmp_path.iterdir()] == ["manifest.jsonl"]
-    ledger.refresh() # a reader that knew the old files
-    assert set(ledger.done) == set("abcdefgh")
+    with pytest.raises(TimeoutError, match=r"groups of 3: .*\.lock-1 has finished none for 1 s, and photo3 is missing"):
+        make_bank(tmp_path/"bank", *inputs(), 3, 2)
+    assert hung.poll() is None
+    assert finished_groups(tmp_path/"bank") == [f"photo{k}" for k in range(GROUPS) if k == 1 or k%2 == 0]
+    hung.kill()
+    hung.wait()
+    make_bank(tmp_path/"bank", *inputs(), 3, 2)
+    assert len(finished_groups(tmp_path/"bank")) == GROUPS
+
+
+def touched(folder, ids): # make empty files; which of them this call made
+    made = []
+    def work(i):
+        made.append(i)
+        (folder/i).touch()
+    share(folder, ids, lambda i: (folder/i).exists(), work)
+    return made
+
+
+def test_patience(tmp_path, monkeypatch):
+    "Whoever is waited for may take its time, as long as it finishes something"
+    monkeypatch.setattr(curation, "PATIENCE", 2.)
+    ids = [f"g{k}" for k in range(6)]
+    def other():
+        with FileLock(tmp_path/".lock-0"):
+            held.set()
+            for i in ids:
+                time.sleep(.8)
+                (tmp_path/i).touch()
+    held, thread = threading.Event(), threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    assert touched(tmp_path, ids) == []
+    thread.join()
 
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (3, 5), (63, 64)])
 def test_alone_of_many(tmp_path, monkeypatch, rank, world):
-    "The only survivor does everything, each group once; its own share first"
+    "A rank whose others never come does everything, each group once; its own share first"
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world))
     ids = [f"g{k}" for k in range(200)]
-    did = emptied(tmp_path, ids)
+    did = touched(tmp_path, ids)
     assert sorted(did) == sorted(ids) and did[:len(ids[rank::world])] == ids[rank::world]
 
 
 def test_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="RANK=2, WORLD_SIZE=2"): emptied(tmp_path)
+    with pytest.raises(ValueError, match="RANK=2, WORLD_SIZE=2"): touched(tmp_path, ["a"])
 
 
-def test_rehearsal(tmp_path):
-    "Empty groups, three processes, five killed at random: nothing is lost, no more begun twice than processes died"
-    tried = rehearse(tmp_path, groups=4000, processes=3, kills=5, sync=False, seed=7)
-    assert 0 <= tried["again"] <= 5 and tried["most_claims"] <= 3+5 and tried["bytes"] == 24
-    assert not list(tmp_path.glob("manifest-*"))
+def test_earlier_version(whole, tmp_path):
+    "A bank with a manifest and with claims, which an earlier version wrote, is read, continued and scored"
+    bank = shutil.copytree(whole[0], tmp_path/"bank")
+    (bank/"manifest.jsonl").write_text('{"id": "photo1"}\n{"id": "photo0"}\n{"id": "pho')
+    (bank/"claims").mkdir()
+    os.symlink("elsewhere/1 1 1", bank/"claims"/"photo2")
+    assert finished_groups(unasked(bank)) == [f"photo{k}" for k in range(GROUPS)]
+    assert score_bank(bank, [PSNR_Y, SSIM_Y]).equals(whole[1])
+
+
+def test_read_only(whole, monkeypatch):
+    "What is finished is read without a lock, so also where nothing can be written"
+    def refused(*a, **k): raise AssertionError("a lock was asked for")
+    monkeypatch.setattr(curation.FileLock, "acquire", refused)
+    assert score_bank(unasked(whole[0]), [SSIM_Y, PSNR_Y]).equals(whole[1])

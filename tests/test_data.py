@@ -74,6 +74,19 @@ def test_files_that_cannot_serve_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.png.*transparent"): find_photos(alpha)
 
 
+def test_linked_folders_are_searched_and_what_is_missing_is_named(tmp_path, capsys):
+    write_image(tmp_path/"disk/a.png", noise(40, 48))
+    write_image(tmp_path/"album/b.png", noise(40, 48, seed=1))
+    for name, to in (("disk", "../disk"), ("round", "."), ("up", "..")): (tmp_path/"album"/name).symlink_to(to)
+    assert [p.id for p in find_photos(tmp_path/"album")] == ["b", "disk_a"]
+    for name in ("c.HEIC", "d.gif", "notes.txt"): (tmp_path/"album"/name).write_text("x")
+    capsys.readouterr()
+    find_photos(tmp_path/"album")
+    assert "album: 2 not read (.gif, .heic); convert such pictures to PNG" in capsys.readouterr().out
+    (tmp_path/"album/gone").symlink_to("/not/mounted")
+    with pytest.raises(FileNotFoundError, match="album/gone"): find_photos(tmp_path/"album")
+
+
 def test_names_are_safe_and_unique(tmp_path):
     for name in ("a/été 1.png", "b/été 1.png", "..x.png", "b/x.png", "b/x.bmp"):
         (tmp_path/name).parent.mkdir(exist_ok=True)

@@ -302,3 +302,18 @@ def test_a_base_that_a_file_reads_has_seen_what_its_folder_says(config, tiny, tm
     more = BaseRun("more", init="own.py:base", versions=1, max_side=112, patch=32, batch=1, precision="no", loop=FEW)
     seen = set(json.loads((train_base(more)/"policy"/"photos.json").read_text()))
     assert {p.sha256 for p in embedded_photos("held_out")[:1]} < seen and not Path("run").exists()
+
+
+@pytest.mark.parametrize("text, said", [("import nothing_there", "line 1: ModuleNotFoundError: No module named"),
+                                        ("x = 1\ny = x/0", "line 2: ZeroDivisionError"), ("x = (", "SyntaxError")])
+def test_a_file_that_cannot_be_imported(mine, capsys, text, said):
+    "One line on stderr, which names the file and the line, and exit code 2"
+    import srnb.train
+    mine.write_text(text)
+    for words, error in ((["my.py:RUN"], said), (["nope"], "there is no preset 'nope'"), (["none.json"], "no config"),
+                         (["dp2o", "--data.photos", "nowhere"], "no folder at nowhere")):
+        with pytest.raises(SystemExit) as e: srnb.train.main(words)
+        line = capsys.readouterr().err
+        assert e.value.code == 2 and error in line and line.count("\n") == 1, words
+    with pytest.raises(SystemExit) as e: srnb.train.main([])
+    assert e.value.code == 2 and capsys.readouterr().err.startswith("usage: ")

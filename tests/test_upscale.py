@@ -382,11 +382,12 @@ def test_files_folders_patterns(box, capsys):
 def test_refused_before_work(box, capsys, monkeypatch):
     monkeypatch.setattr(images, "load_model", lambda *a: pytest.fail("a model was loaded"))
     (box/"in").mkdir()
-    for n in ("in/a.png", "in/a.jpg", "b.png"): picture().save(n)
+    (box/"deep").mkdir()
+    for n in ("in/a.png", "in/a.jpg", "b.png", "deep/a.png"): picture().save(n)
     before = files(box)
     b = ["b.png", "-o"]
     for argv, text in (
-            (["in", "-o", "out"], "both be written"), (["in/a.png", "in/a.jpg", "-o", "out"], "both be written"),
+            (["in/a.png", "deep/a.png", "-o", "out"], "both be written"),
             ([*b, "b.png", "--force"], "is an input"), ([*b, ".", "--force"], "is an input"),
             (["in", "-o", "b.png"], "is a file"), (["in", "-o", "new.png"], "looks like a file"),
             ([*b, "b.gif"], "cannot write .gif"), ([*b, "b.png/c/d"], "cannot write in"),
@@ -414,7 +415,7 @@ def test_unknown_models(tmp_path, monkeypatch, capsys):
     for name in ("nothing", "empty", "a.png", "", "bad", "\0"):
         assert main(["upscale", "a.png", "-o", "out", "--model", name]) == 2
         said = capsys.readouterr().err
-        assert said.startswith("srnb: --model") and said.count("\n") == 1
+        assert "\nsrnb: --model" in said and said.count("\n") == 2
     assert not Path("out").exists()
 
 
@@ -424,7 +425,8 @@ def test_never_overwrites(box, capsys):
     Path("out/a.png").write_bytes(b"mine")
     assert main(["upscale", "a.png", "b.png", "-o", "out"]) == 1
     said = capsys.readouterr().err
-    assert "a.png exists already; --force" in said and files("out")["a.png"] == b"mine" and "b.png" in files("out")
+    assert "a.png exists already; --skip leaves it, --force" in said
+    assert files("out")["a.png"] == b"mine" and "b.png" in files("out")
     Path("out/b.png").unlink()
     Path("out/b.png").mkdir()
     assert main(["upscale", "a.png", "b.png", "-o", "out", "--force"]) == 1 # a folder is in the way of one
@@ -490,7 +492,7 @@ def test_odd_names_stay_one_line(box, capsys):
     picture().save(name)
     assert main(["upscale", name, "-o", "out"]) == 0
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "\x1b" not in said and r"a\n\x1b[31m\udcff.png" in said
+    assert said.count("\n") == 2 and "\x1b" not in said and r"a\n\x1b[31m\udcff.png" in said
 
 
 def test_no_one_listens(box, monkeypatch):
@@ -516,7 +518,7 @@ sys.exit(main())
     argv = ["upscale", tmp_path/"a.png", "-o", tmp_path/"out", "--model", tiny]
     run = subprocess.run([sys.executable, "-c", code, *argv], env=clean_env, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert list(files(tmp_path/"out")) == ["a.png"] and run.stdout == "" and run.stderr.startswith("1/1")
+    assert list(files(tmp_path/"out")) == ["a.png"] and run.stdout == "" and "\n1/1" in run.stderr
 
 
 # Fuzz
@@ -527,7 +529,7 @@ KINDS = [encoded(picture(m), k, **kw) for m, k, kw in (
     ("RGBA", "WEBP", dict(lossless=True)), ("RGB", "TIFF", {}), ("L", "TIFF", dict(compression="tiff_lzw")),
     ("RGB", "TIFF", dict(compression="jpeg")), ("P", "GIF", {}),
     ("RGB", "GIF", dict(save_all=True, append_images=[picture()])), ("RGB", "BMP", {}), ("RGB", "MPO", {}),
-    ("RGB", "PPM", {}))]
+    ("RGB", "PPM", {}), ("RGB", "AVIF", {}), ("RGB", "JPEG2000", {}), ("L", "JPEG2000", {}))]
 KINDS += [png16(0, 1), png16(2, 3), tiff16()]
 with_exif = Image.Exif()
 with_exif[0x0112] = 6
@@ -563,7 +565,7 @@ def guarded(folder, argv, inputs, capsys): # what holds whatever was given
 
 
 WHY = ("damaged image|not an image of a kind|holds \\d+ pictures|colour mode|16 bits a channel|16-bit grey|CMYK with|"
-       "too large|pixels need")
+       "too large|pixels need|bits a channel|the file is empty|package more")
 
 
 @settings(max_examples=600, **FUZZ)
@@ -665,3 +667,313 @@ def test_dropout_is_off():
     policy.net.train()
     image = np.asarray(picture())
     assert (upscale(image, policy) == upscale(image, policy)).all() and policy.net.training
+
+
+# What a folder holds
+
+def said_of(capsys, *argv): # exit code and lines
+    code = main(["upscale", *map(str, argv)])
+    return code, capsys.readouterr().err.splitlines()
+
+
+def test_pictures_that_are_not_read_are_named(box, capsys):
+    (box/"in/deep").mkdir(parents=True)
+    picture().save("in/a.png")
+    for name in ("phone.heic", "new.jxl", "raw.NEF", "layers.psd", "empty.png", "deep/cut.jpg"):
+        Path("in", name).write_bytes(b"" if "empty" in name else b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"+bytes(99))
+    for name in ("Thumbs.db", "notes.txt", ".hidden.png", "._mac.png"): Path("in", name).write_text("x")
+    Path("in/gone.png").symlink_to("nowhere.png")
+    Path("in/disk").symlink_to("/not/mounted")
+    code, said = said_of(capsys, "in", "-o", "out")
+    assert code == 1 and list(files("out")) == ["a.png"] and "8 failed:" in said
+    for name in ("phone.heic", "new.jxl", "raw.NEF", "layers.psd", "empty.png", "deep/cut.jpg", "gone.png", "disk"):
+        assert sum(o.startswith(f"in/{name}: ") for o in said) == 1, name
+    assert "in: passed over 2 files without a picture's ending (.db, .txt)" in said
+    text = "\n".join(said)
+    assert "the file is empty" in text and "nowhere.png, which is not there" in text and "pillow-heif" in text
+    assert "a .nef file, which is not read here" in text and "hidden" not in text and "_mac" not in text
+    Path("none").mkdir()
+    Path("none/notes.txt").write_text("x")
+    assert said_of(capsys, "none", "-o", "out")[0] == 1 # nothing was meant, or all of it is missing
+    for name in ("raw.NEF", "layers.psd"): # though some of them begin as a TIFF does
+        picture().save(f"in/{name}", "TIFF")
+        assert said_of(capsys, f"in/{name}", "-o", "x.png")[0] == 1 and not Path("x.png").exists()
+
+
+def test_a_folder_that_cannot_be_listed(box, capsys, monkeypatch):
+    (box/"in/shut").mkdir(parents=True)
+    picture().save("in/a.png")
+    real = os.listdir
+    def listdir(path):
+        if os.path.basename(os.fspath(path)) == "shut": raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+    monkeypatch.setattr(os, "listdir", listdir)
+    code, said = said_of(capsys, "in", "-o", "out")
+    assert code == 1 and list(files("out")) == ["a.png"] and any(o.startswith("in/shut: ") for o in said)
+
+
+def test_linked_folders(box):
+    "They are searched, each as often as it is linked; a link into its own surroundings ends the way"
+    for name in ("in/a", "in/b", "elsewhere"): (box/name).mkdir(parents=True)
+    picture().save("elsewhere/x.png")
+    for link, to in (("in/one", "../elsewhere"), ("in/two", "../elsewhere"), ("in/loop", "."), ("in/a/up", ".."),
+                     ("in/a/over", "../b"), ("in/b/back", "../a")): Path(link).symlink_to(to)
+    picture().save("in/a/y.png")
+    assert main(["upscale", "in", "-o", "out"]) == 0
+    assert sorted(files("out")) == ["a/y.png", "b/back/y.png", "one/x.png", "two/x.png"]
+
+
+def test_patterns_take_folders_and_links_too(box, capsys):
+    (box/"in/deep").mkdir(parents=True)
+    for name in ("in/a.png", "in/deep/b.png"): picture().save(name)
+    Path("in/gone.png").symlink_to("nowhere.png")
+    code, said = said_of(capsys, "in/*", "-o", "in/out")
+    assert code == 1 and sorted(files("in/out")) == ["a.png", "deep/b.png"] and said[-1].startswith("in/gone.png: ")
+    Path("in/gone.png").unlink()
+    assert said_of(capsys, "in/*", "in/**/*.png", "-o", "in/out", "--force")[0] == 0 # what it wrote is no input
+    assert sorted(files("in/out")) == ["a.png", "deep/b.png"]
+
+
+@pytest.mark.parametrize("kind, end", [("AVIF", ".avif"), ("JPEG2000", ".jp2"), ("TGA", ".tga"), ("PPM", ".ppm"),
+                                       ("PPM", ".pgm"), ("JPEG", ".jpg")])
+def test_other_kinds_are_read(box, kind, end):
+    (box/"in").mkdir()
+    im = picture("L" if end == ".pgm" else "RGB", (40, 30))
+    im.save(f"in/a{end}", kind)
+    assert main(["upscale", "in", "-o", "out"]) == 0
+    with Image.open("out/a.png") as out:
+        assert out.size == (160, 120) and out.mode == im.mode
+        assert np.abs(np.asarray(out.resize((40, 30), Image.Resampling.BOX)).astype(int)-np.asarray(im)).mean() < 6
+    with Image.open(f"in/a{end}") as im:
+        im.load() # closes the file
+        assert upscale(im, quick).size == (160, 120)
+
+
+def test_a_file_is_a_tga_only_by_its_name(box, capsys):
+    picture().save("a.tga") # nothing in its first bytes says what it is
+    Path("a.png").write_bytes(Path("a.tga").read_bytes())
+    assert said_of(capsys, "a.png", "-o", "out")[0] == 1 and said_of(capsys, "a.tga", "-o", "out")[0] == 0
+
+
+def deep_files(): # more than 8 bits a channel in colour, of which Pillow keeps 8
+    jp2 = bytearray(encoded(picture(), "JPEG2000"))
+    size = jp2.index(b"\xff\x4f\xff\x51")
+    jp2[size+42:size+51:3] = b"\x0f"*3 # Ssiz: bits less one
+    yield from ((".jp2", bytes(jp2)), (".j2k", bytes(jp2[size:])))
+    yield from ((".ppm", b"P6 2 2 65535\n"+bytes(24)), (".ppm", b"P3 1 1 1023\n1000 1000 1000\n"))
+
+
+@pytest.mark.parametrize("end, data", [*deep_files()], ids=["jp2", "j2k", "ppm", "plain"])
+def test_deep_colour_of_other_kinds_is_refused(tmp_path, end, data):
+    (tmp_path/f"a{end}").write_bytes(data)
+    with pytest.raises(images.Refused, match="bits a channel in colour"): images.open_image(tmp_path/f"a{end}")
+
+
+def test_depth_of_avif():
+    data = encoded(picture(), "AVIF")
+    with Image.open(io.BytesIO(data)) as im:
+        assert images.bits_of(im) == 8
+        at = data.index(b"av1C")+6
+        im.fp = io.BytesIO(data[:at]+bytes([data[at] | 0x40])+data[at+1:]) # high_bitdepth
+        with pytest.raises(images.Refused, match="bits a channel in colour"): images.check_pillow(im)
+
+
+def test_the_refusal_says_what_the_picture_is(tmp_path):
+    for colour, channels, text in ((2, 3, "in colour"), (4, 2, "in grey with alpha"), (6, 4, "in colour")):
+        (tmp_path/"a.png").write_bytes(png16(colour, channels))
+        with pytest.raises(images.Refused, match=f"16 bits a channel {text}"): images.open_image(tmp_path/"a.png")
+    head = struct.pack("<IHHIIiiHHIIiiII", 70, 0, 0, 66, 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xf800, 0x7e0, 0x1f)
+    (tmp_path/"a.bmp").write_bytes(b"BM"+head+masks+bytes(range(32))) # 5, 6 and 5 bits
+    images.open_image(tmp_path/"a.bmp").load()
+
+
+def jxl(depth, animated=False): # the first bytes of a codestream of 8 by 8 pixels
+    bits, at = 0, 0
+    extra = [(1, 1), (0, 3), (0, 1), (0, 1), (1, 1)] if animated else [(0, 1)]
+    sample = [(0, 1), {8: (0, 2), 10: (1, 2), 12: (2, 2)}.get(depth, (3, 2))] + [(depth-1, 6)]*(depth == 16)
+    for value, n in [(1, 1), (0, 5), (1, 3), (0, 1), *extra, *sample]:
+        bits |= value << at
+        at += n
+    return b"\xff\x0a" + bits.to_bytes(20, "little")
+
+
+@pytest.mark.parametrize("wrap", [b"", b"\0\0\0\x0cJXL \r\n\x87\n"+bytes(30)+b"jxlc",
+                                  b"\0\0\0\x0cJXL \r\n\x87\n"+bytes(30)+b"jxlp\0\0\0\0"],
+                         ids=["bare", "box", "parts"])
+def test_depth_of_jpeg_xl(wrap):
+    for depth in (8, 10, 12, 16): assert images.jxl_form(wrap+jxl(depth)) == (depth, False)
+    assert images.jxl_form(wrap+jxl(8, True)) == (8, True)
+    assert images.jxl_form(b"\xff\x0a"+bytes([0b1000000, 0b1010])) # all default
+
+
+def test_plugins_are_used_where_they_are(box, monkeypatch, capsys):
+    "A HEIC file asks for its package; once that has registered itself, files are read, whatever they are called"
+    import types
+    seen = []
+    def factory(fp, name):
+        im = picture()
+        im.format, im.info["bit_depth"], im.fp = "HEIF", seen[-1], None
+        return im
+    def register():
+        Image.register_open("HEIF", factory, lambda head: head[4:12] == b"ftypheic")
+        monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["HEIF"])
+    head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"+bytes(99)
+    for name in ("a.heic", "b.jpg"): Path(name).write_bytes(head)
+    Path("c.jxl").write_bytes(jxl(8))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None) # not installed
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    code, said = said_of(capsys, "a.heic", "b.jpg", "c.jxl", "-o", "out")
+    assert code == 1 and [o.partition(":")[0] for o in said[-3:]] == ["a.heic", "b.jpg", "c.jxl"]
+    assert "pip install pillow-heif" in said[-2] and "pip install pillow-jxl-plugin" in said[-1]
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    seen.append(8)
+    assert said_of(capsys, "a.heic", "b.jpg", "-o", "out")[0] == 0 and sorted(files("out")) == ["a.png", "b.png"]
+    seen.append(10)
+    code, said = said_of(capsys, "a.heic", "-o", "deep")
+    assert code == 1 and "10 bits a channel in colour" in said[-1]
+    Image.OPEN.pop("HEIF")
+    if "HEIF" in Image.ID: Image.ID.remove("HEIF")
+
+
+# Names of what is written
+
+def test_equal_stems_keep_their_endings(box, capsys):
+    (box/"in").mkdir()
+    for name in ("in/a.jpg", "in/a.png", "in/b.png"): picture().save(name)
+    assert said_of(capsys, "in", "-o", "out")[0] == 0
+    assert sorted(files("out")) == ["a.jpg.png", "a.png.png", "b.png"]
+    assert said_of(capsys, "in", "-o", "two", "--seed", "1,2")[0] == 0 and "a.jpg_seed2.png" in files("two")
+    (box/"same").mkdir()
+    picture().save("same/a.jpg")
+    assert said_of(capsys, "same", "-o", "same")[0] == 0 and sorted(files("same")) == ["a.jpg", "a.png"]
+    code, said = said_of(capsys, "same", "-o", "same") # what it wrote is no second picture
+    assert code == 2 and "same/a.png is an input" in said[-1]
+    picture().save("in/a.jpg.webp")
+    picture().save("in/b.jpg.webp")
+    for name in ("in/b.jpg", "a.png", "b.png"): picture().save(name)
+    code, said = said_of(capsys, "in", "a.png", "-o", "three")
+    assert code == 2 and "in/a.jpg and in/a.jpg.webp would both be written to three/a.jpg.png" in said[-1]
+    assert "in/b.jpg and in/b.jpg.webp" in said[-1] and "in/a.png and a.png would both" in said[-1]
+    assert not Path("three").exists()
+
+
+def test_results_beside_their_folder(box, capsys):
+    (box/"photos/2020").mkdir(parents=True)
+    picture().save("photos/2020/a.jpg")
+    assert said_of(capsys, "photos/2020", "-o", "photos")[0] == 0 and sorted(files("photos")) == ["2020/a.jpg", "a.png"]
+    code, said = said_of(capsys, "none.png", "-o", "x.png")
+    assert code == 1 and said[-1] == "none.png: no such file or folder"
+
+
+def test_a_folder_with_a_dot(box, capsys):
+    picture().save("a.png")
+    assert said_of(capsys, "a.png", "-o", "v1.5")[0] == 0 and list(files("v1.5")) == ["a.png"]
+    for out in ("b.gif", "b.bmp", "b.HEIC"): assert said_of(capsys, "a.png", "-o", out)[0] == 2, out
+    picture().save("b.png")
+    assert said_of(capsys, "a.png", "b.png", "-o", "new.gif")[0] == 2
+
+
+# Going on
+
+def test_going_on(box, capsys):
+    (box/"in/deep").mkdir(parents=True)
+    for i, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/c.png")): picture(seed=i).save(name)
+    assert said_of(capsys, "in/b.jpg", "-o", "out")[0] == 0
+    before = files("out")["b.png"]
+    code, said = said_of(capsys, "in", "-o", "out", "--skip")
+    assert code == 0 and "1 output was there already" in said
+    assert sorted(files("out")) == ["a.png", "b.png", "deep/c.png"]
+    code, said = said_of(capsys, "in", "-o", "out", "--skip")
+    assert code == 0 and "3 outputs were there already" in said and files("out")["b.png"] == before
+    code, said = said_of(capsys, "in", "-o", "out") # not done, and no failure either
+    assert code == 1 and not any("failed" in o for o in said)
+    assert said[-1] == "3 exist already, such as out/a.png; --skip leaves them, --force replaces them"
+    Path("out/a.png").write_bytes(Path("out/a.png").read_bytes()[:-40]) # somebody else's, or a broken disk's
+    picture().save("out/b.png")
+    code, said = said_of(capsys, "in", "-o", "out", "--skip")
+    assert code == 1 and "2 failed:" in said and all("is not the whole result" in o for o in said[-2:])
+    assert said_of(capsys, "in", "-o", "out", "--skip", "--force")[0] == 2
+    assert said_of(capsys, "in/a.png", "-o", "o.png")[0] == 0
+    assert said_of(capsys, "in/a.png", "-o", "o.png", "--skip", "--seed", "0")[0] == 0
+
+
+def test_turned_pictures_are_whole(box, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(size=(40, 30)).save("a.jpg", exif=exif)
+    for code in (0, 0): assert said_of(capsys, "a.jpg", "-o", "out", "--skip")[0] == code
+
+
+def test_what_the_dead_left_is_taken_away(box, capsys):
+    from srnb.core import part_start
+    (box/"in").mkdir()
+    (box/"out").mkdir()
+    picture().save("in/a.png")
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead, alive = (Path(f"out/{part_start()}{o}-x.png") for o in (int(child.stdout), os.getppid()))
+    other = [Path("out/.part-otherhost-1-x.png"), Path("out/.part-x.png"), Path("out/.parted")]
+    for p in (dead, alive, *other): p.write_bytes(b"half")
+    assert said_of(capsys, "in", "-o", "out")[0] == 0
+    assert not dead.exists() and alive.exists() and all(p.exists() for p in other)
+
+
+# What is said
+
+def test_loading_is_said_and_not_timed(box, monkeypatch, capsys):
+    for i, size in enumerate(((8, 8), (8, 8), (200, 200))): picture(size=size).save(f"{i}.png")
+    clock = [0.]
+    class Warms(Quick):
+        def solve(self, lq, noise, steps=None):
+            clock[0] += 2. if clock[0] else 100. # the first call of a process takes long
+            return super().solve(lq, noise)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(images, "load_model", lambda *a: Warms())
+    code, said = said_of(capsys, "0.png", "1.png", "2.png", "-o", "out", "--model", "small")
+    assert code == 0 and said[0].startswith("srnb upscale: loading") and "left" not in said[1]
+    assert "about 20 s left" in said[2], said # 2 s for what counts as 64x64 pixels
+
+
+def test_dpi_and_profile(box, capsys):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for end in (".png", ".jpg", ".tif"):
+        picture().save(f"a{end}", dpi=(300, 150), icc_profile=icc)
+        assert said_of(capsys, f"a{end}", "-o", f"b{end}")[0] == 0
+        with Image.open(f"b{end}") as im:
+            assert np.allclose([float(o) for o in im.info["dpi"]], (300, 150), atol=.1) and im.info["icc_profile"]
+    code, said = said_of(capsys, "a.png", "-o", "b.webp")
+    assert code == 0 and any("WebP holds no dots per inch" in o for o in said)
+    picture("L").save("grey.png", icc_profile=icc)
+    code, said = said_of(capsys, "grey.png", "-o", "c.webp")
+    assert code == 0 and any("profile is left out" in o for o in said)
+    for i, bad in enumerate((b"garbage"*20, lab)):
+        picture().save(f"bad{i}.png", icc_profile=bad)
+        code, said = said_of(capsys, f"bad{i}.png", "-o", "out")
+        assert code == 0 and any("note:" in o and "profile is left out" in o for o in said)
+        with Image.open(f"out/bad{i}.png") as im: assert "icc_profile" not in im.info
+    exif = Image.Exif()
+    exif[0x0112] = 6 # lies on its side
+    picture().save("turned.png", dpi=(300, 150), exif=exif)
+    assert said_of(capsys, "turned.png", "-o", "out")[0] == 0
+    with Image.open("out/turned.png") as im: assert np.allclose(im.info["dpi"], (150, 300), atol=.1)
+    picture().save("odd.tif", dpi=(1e-9, 4e9))
+    assert said_of(capsys, "odd.tif", "-o", "odd.jpg")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA"])
+def test_alpha_that_hides_everything(box, capsys, kind):
+    "In these formats the fourth byte is often padding; in a PNG it is meant"
+    im = picture("RGB", (4, 2))
+    im.putalpha(0)
+    im.save("b.png")
+    if kind == "TGA": im.save("a.tga")
+    else: # Pillow writes no such header
+        masks = struct.pack("<IIII", 0xff0000, 0xff00, 0xff, 0xff000000)
+        head = struct.pack("<IiiHHIIiiII", 108, 4, 2, 1, 32, 3, 32, 0, 0, 0, 0) + masks + b"BGRs" + bytes(48)
+        Path("a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 154, 0, 0, 122) + head + bytes((1, 2, 3, 0))*8)
+    code, said = said_of(capsys, f"a.{kind.lower()}", "-o", "out")
+    assert code == 0 and any("note:" in o and "alpha" in o for o in said)
+    with Image.open("out/a.png") as out: assert out.mode == "RGB"
+    assert said_of(capsys, "b.png", "-o", "out")[0] == 0
+    with Image.open("out/b.png") as out: assert out.mode == "RGBA"
