@@ -32,7 +32,7 @@ from .paths import SAMPLERS, Shift
 from .policies import Policy, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available
-from .runs import (Base, Data, Judging, add_trained, drift_states, evaluate, freed, inputs_of, is_done, kept_drifts,
+from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
 from .training import Loop, fit, processes, put, refuse_fsdp
@@ -486,7 +486,7 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
         save_adapter(policy, out/"adapter")
         if isinstance(run.method.losers, Made): write_table(out/"preference.parquet", held_out_preference(work))
         if (out/"kept").exists():
-            drifts = kept_drifts(out, policy, drift_states(policy, work.crops, run.patch), run.drift)
+            drifts = kept_drifts(out, policy, work.crops, run.patch, run.drift)
             write_table(out/"drift.parquet", drifts)
             if run.drift:
                 put(policy.net, load_file(out/"kept"/f"{drifts.step[drifts.chosen].item():08d}.safetensors"))

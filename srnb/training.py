@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['wsd', 'ema_decay', 'Loop', 'optimiser_of', 'processes', 'refuse_fsdp', 'in_pieces', 'put', 'latest_checkpoint',
-           'Trainer', 'fit']
+           'State', 'fit']
 
 # %% ../nbs/40_training.ipynb #40-training-004
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Checked
-from .core import progress, replace_file, write_json
+from .core import progress, replace_file
 from .plan import DoesNotFit
 
 # %% ../nbs/40_training.ipynb #40-training-007
@@ -70,10 +69,9 @@ def optimiser_of(
     params, # that are trained
 )->torch.optim.Optimizer:
     "AdamW, or the one of bitsandbytes"
-    options = dict(lr=loop.lr, weight_decay=loop.weight_decay)
-    if loop.optimiser == "adamw": return torch.optim.AdamW(params, **options)
-    from bitsandbytes.optim import AdamW8bit
-    return AdamW8bit(params, **options)
+    if loop.optimiser == "adamw": from torch.optim import AdamW as kind
+    else: from bitsandbytes.optim import AdamW8bit as kind
+    return kind(params, lr=loop.lr, weight_decay=loop.weight_decay)
 
 # %% ../nbs/40_training.ipynb #40-training-013
 def processes(
@@ -83,12 +81,11 @@ def processes(
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed steps an optimiser of its own at every micro-batch, which this loop does not know: "
                          "launch with nbs/accelerate/ddp.yaml or fsdp.yaml")
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    long = dict(timeout=timedelta(hours=12)) if world > 1 else {} # one encodes prompts and judges while the others wait
-    state = PartialState(cpu=cpu, **long)
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=12)) # one encodes prompts and judges while the others wait
     if world != state.num_processes:
         raise RuntimeError(f"WORLD_SIZE says that {world} processes work together, and Accelerate sees "
                            f"{state.num_processes}; start them by accelerate launch or torchrun")
@@ -113,14 +110,17 @@ def _fits(step:int)->Iterator[None]:
                          f"patch; srnb.plan says beforehand what fits ({str(e)[:160]})") from e
 
 # %% ../nbs/40_training.ipynb #40-training-015
-def _whole(p:Tensor)->Tensor: # of a parameter that FSDP has cut into pieces; every process must ask
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
+def _whole(tensors:dict[str, Tensor])->dict[str, Tensor]: # which FSDP may have cut into pieces; all processes must ask
+    def one(p): return p.full_tensor() if hasattr(p, "full_tensor") else p
+    return {n: one(p.detach()).contiguous() for n, p in tensors.items()}
 
-def _copy(p:Tensor, w:Tensor)->None: # whole weights into a parameter, which FSDP may have cut into pieces
-    if hasattr(p, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements)
-    with torch.no_grad(): p.copy_(w)
+def _copy(weights:dict[str, Tensor], into:dict[str, Tensor])->None: # whole weights; FSDP may have cut their places
+    for n, w in weights.items():
+        p = into[n]
+        if hasattr(p, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            w = distribute_tensor(w.to(p.device), p.device_mesh, p.placements)
+        with torch.no_grad(): p.copy_(w)
 
 def in_pieces(net:nn.Module)->bool: # whether FSDP has cut it
     "Whether no process holds the whole network"
@@ -134,139 +134,74 @@ def put(
     params = dict(net.named_parameters())
     if lost := sorted(set(weights)-set(params)):
         raise ValueError(f"the network has no parameter {lost[0]}: {len(lost)} of {len(weights)} weights have no place")
-    for n, w in weights.items(): _copy(params[n], w)
+    _copy(weights, params)
 
 # %% ../nbs/40_training.ipynb #40-training-017
-def latest_checkpoint(folder:str|Path)->Path|None:
+def latest_checkpoint(folder:Path)->Path|None:
     "The newest whole checkpoint of a run, if there is one"
-    return max(Path(folder).glob("checkpoint-????????"), default=None)
+    return max(folder.glob("checkpoint-????????"), default=None)
 
-def _slim(accelerator)->None:
-    "Let checkpoints hold what training changes"
-    def changing(model):
-        names = ((n.removeprefix("module."), p) for n, p in model.named_parameters())
-        return {n: p for n, p in names if p.requires_grad or "lora_" in n}
-    def save(models, weights, folder):
-        if weights and accelerator.is_main_process:
-            trained = {n: p.detach().contiguous() for n, p in changing(models[0]).items()}
-            save_file(trained, Path(folder)/"trained.safetensors")
-        weights.clear()
-    def load(models, folder):
-        for model in models:
-            have = changing(model)
-            for n, w in load_file(Path(folder)/"trained.safetensors").items(): _copy(have[n], w)
-        models.clear()
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-def _merged(accelerator, sums:dict[str, list])->dict[str, list]: # of all processes, in process 0; nothing elsewhere
-    if accelerator.num_processes == 1: return sums
+def _gathered(items:list)->list: # of all processes, one after the other; all must ask
     from accelerate.utils import gather_object
-    every = gather_object([sums])
-    if not accelerator.is_main_process: return {}
-    return {n: [v for o in every for v in o.get(n, [])] for n in {n for o in every for n in o}}
+    return gather_object(items)
+
+class State:
+    "Where a run is: what a checkpoint holds beside the optimiser"
+    def __init__(self, net:nn.Module, loop:Loop, memory=None):
+        named = {n.removeprefix("module."): p for n, p in net.named_parameters()}
+        self.trained = {n: p for n, p in named.items() if p.requires_grad}
+        self.changing = {n: p for n, p in named.items() if p.requires_grad or "lora_" in n} # snapshots change, too
+        self.average = {n: p.detach().clone() for n, p in self.trained.items()} if loop.ema else {}
+        self.step, self.rows, self.notes, self.memory = 0, [], [], memory # notes: logged since the last row
+
+    def state_dict(self)->dict:
+        remembered = {} if self.memory is None else self.memory.tensors()
+        return dict(step=self.step, rows=self.rows, notes=self.notes, changing=_whole(self.changing),
+                    average=_whole(self.average), memory=dict(_gathered([(n, o.cpu()) for n, o in remembered.items()])))
+
+    def load_state_dict(self, state:dict)->None:
+        self.step, self.rows, self.notes = state["step"], state["rows"], state["notes"]
+        _copy(state["changing"], self.changing)
+        _copy(state["average"], self.average)
+        if self.memory is not None: self.memory.restore(state["memory"])
+
+    def row(self)->dict:
+        "Means of the notes since the last row: the next row of the log"
+        values = {}
+        for note in self.notes:
+            for n, v in note.items(): values.setdefault(n, []).append(v)
+        means = {n: sum(v)/len(v) for n, v in sorted(values.items())}
+        self.rows.append(dict(step=self.step, **means))
+        self.notes = []
+        return means
 
 # %% ../nbs/40_training.ipynb #40-training-019
-class Trainer:
-    "What `fit` holds from step to step"
-    def __init__(self, owner, loop:Loop, out:Path, memory=None):
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
-        plain = [DistributedDataParallelKwargs(broadcast_buffers=False)] # no buffer ever changes
-        self.owner, self.loop, self.out, self.memory = owner, loop, out, memory
-        self.accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
-                                       log_with="tensorboard", project_dir=str(out), kwargs_handlers=plain)
-        params = [p for p in owner.net.parameters() if p.requires_grad]
-        if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
-        self.optimiser = optimiser_of(loop, params)
-        owner.net, self.optimiser = self.accelerator.prepare(owner.net, self.optimiser)
-        if not in_pieces(owner.net): _slim(self.accelerator) # FSDP writes its pieces itself
-        trained = {n: p for n, p in owner.net.named_parameters() if p.requires_grad} # FSDP puts its own in their place
-        self.names = {n.removeprefix("module."): p for n, p in trained.items()}
-        self.params = list(self.names.values())
-        self.average = {n: p.detach().clone() for n, p in self.names.items()} if loop.ema else {}
-        self.step, self.rows, self.sums = 0, [], {}
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.own = range(self.rank, loop.parts, self.world) # micro-batches of this process
+def _prepared(owner, loop:Loop, out:Path)->tuple: # accelerator and optimiser; the owner's network is wrapped
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+    plain = DistributedDataParallelKwargs(broadcast_buffers=False) # no buffer ever changes
+    accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
+                              log_with="tensorboard", project_dir=str(out), kwargs_handlers=[plain])
+    params = [p for p in owner.net.parameters() if p.requires_grad]
+    if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
+    owner.net, optimiser = accelerator.prepare(owner.net, optimiser_of(loop, params))
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear()) # the state has them
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    return accelerator, optimiser
 
-    def resume(self)->None:
-        "Take up where the newest checkpoint ended"
-        last = latest_checkpoint(self.out)
-        if last is not None:
-            self.accelerator.load_state(str(last))
-            state = json.loads((last/"loop.json").read_text())
-            self.step, self.rows = state["step"], state["rows"]
-            self.sums = state["sums"] if self.rank == 0 else {}
-            saved = load_file(last/"average.safetensors") if self.average else {}
-            for n, a in self.average.items(): _copy(a, saved[n])
-            remembered = {k: v for f in sorted(last.glob("memory-*.safetensors")) for k, v in load_file(f).items()}
-            if self.memory is not None: self.memory.restore(remembered)
-            self.accelerator.print(f"resumed at step {self.step}")
-        self.accelerator.init_trackers("logs")
+def _keep(accelerator, file:Path, weights:dict[str, Tensor])->None: # all processes must ask, here and below
+    copy = _whole(weights)
+    if accelerator.is_main_process: replace_file(file, lambda tmp: save_file(copy, tmp))
+    accelerator.wait_for_everyone() # others may read it
 
-    def accumulate(self, k:int, part:int, loss:Callable, backward:Callable|None)->None:
-        "Add a micro-batch's gradient; it stays in this process until the step's last micro-batch"
-        alone = self.world > 1 and (backward is not None or part != self.own[-1])
-        with _fits(k), self.accelerator.no_sync(self.owner.net) if alone else nullcontext():
-            values, logs, *apart = loss(k, part)
-            if not torch.isfinite(values).all():
-                raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
-            if backward is None: self.accelerator.backward(values.mean()/len(self.own))
-            else: logs = backward(values/self.loop.parts, logs, *apart)
-        for n, v in dict(logs, loss=values.mean().item()).items(): self.sums.setdefault(n, []).append(v)
-
-    def update(self, k:int, summed:bool)->None:
-        "Clip, step, average; `summed`: gradients of the processes have yet to be added up"
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.loop.lr*wsd(k, self.loop.steps, self.loop.warmup, self.loop.decay)
-        if summed and self.world > 1:
-            for p in self.params: p.grad = self.accelerator.reduce(p.grad, "sum")
-        norm = self.accelerator.clip_grad_norm_(self.params, self.loop.clip)
-        if self.rank == 0: self.sums.setdefault("grad_norm", []).append(float(norm))
-        with _fits(k): self.optimiser.step()
-        self.optimiser.zero_grad()
-        d = ema_decay(k, self.loop.ema)
-        for n, a in self.average.items(): a.lerp_(self.names[n].detach(), 1-d)
-
-    def log(self, done:int)->None:
-        "A row of means since the last one"
-        if self.rank == 0: self.rows.append(dict(step=done, **{n: sum(v)/len(v) for n, v in self.sums.items()}))
-        self.accelerator.log({n: sum(v)/len(v) for n, v in self.sums.items()}, step=done)
-        self.sums = {}
-
-    def keep(self, done:int)->None:
-        "A copy of the trained weights that stays"
-        copy = {n: _whole(p.detach()).contiguous() for n, p in self.names.items()}
-        if self.rank == 0: replace_file(self.out/"kept"/f"{done:08d}.safetensors", lambda tmp: save_file(copy, tmp))
-        self.accelerator.wait_for_everyone() # others may read it
-
-    def save(self, done:int)->None:
-        "A checkpoint, beside the old one and then in its place"
-        part, accelerator = self.out/f".part-{done:08d}", self.accelerator
-        if self.rank == 0: shutil.rmtree(part, ignore_errors=True) # of a run that was killed here
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(part))
-        if self.memory is not None: save_file(self.memory.tensors(), part/f"memory-{self.rank}.safetensors")
-        accelerator.wait_for_everyone() # all have written
-        average = {n: _whole(a).contiguous() for n, a in self.average.items()}
-        if self.rank == 0:
-            if average: save_file(average, part/"average.safetensors")
-            write_json(part/"loop.json", dict(step=done, rows=self.rows, sums=self.sums))
-            old = list(self.out.glob("checkpoint-*"))
-            part.rename(self.out/f"checkpoint-{done:08d}")
-            for o in old: shutil.rmtree(o)
-        accelerator.wait_for_everyone()
-
-    def result(self)->tuple[dict[str, Tensor], pd.DataFrame]:
-        "The averaged weights, which the network then has, and the log"
-        for tracker in self.accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
-        found = self.average or {n: p.detach() for n, p in self.names.items()}
-        weights = {n: _whole(p).cpu().clone() for n, p in found.items()}
-        if not in_pieces(self.owner.net):
-            self.owner.net = self.accelerator.unwrap_model(self.owner.net)
-            put(self.owner.net, weights)
-        columns = sorted({n for r in self.rows for n in r}-{"step"})
-        return weights, pd.DataFrame(self.rows, columns=["step", *columns])
+def _save(accelerator, out:Path, step:int)->None:
+    part, old = out/f".part-{step:08d}", list(out.glob("checkpoint-*"))
+    accelerator.save_state(str(part)) # over what a run left that was killed here
+    accelerator.wait_for_everyone() # all have written
+    if accelerator.is_main_process:
+        part.rename(out/f"checkpoint-{step:08d}")
+        for o in old: shutil.rmtree(o)
+    accelerator.wait_for_everyone()
 
 # %% ../nbs/40_training.ipynb #40-training-020
 def fit(
@@ -278,16 +213,49 @@ def fit(
     memory=None,                 # what the loss remembers: `tensors()` gives it, `restore(tensors)` takes it
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, which the network then has; log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
-    t = Trainer(owner, loop, Path(out_dir), memory)
-    t.resume()
-    def note(): return f"loss {t.rows[-1]['loss']:.4f}" if t.rows else ""
-    for k in progress(range(t.step, loop.steps), "steps", total=loop.steps, start=t.step, note=note):
-        for part in t.own: t.accumulate(k, part, loss, backward)
-        t.update(k, summed=backward is not None)
-        done = k+1
-        logged, saved = (done % every == 0 or done == loop.steps for every in (loop.log_every, loop.save_every))
-        if logged or saved: t.sums = _merged(t.accelerator, t.sums)
-        if logged: t.log(done)
-        if loop.keep_every and done % loop.keep_every == 0: t.keep(done)
-        if saved: t.save(done)
-    return t.result()
+    out = Path(out_dir)
+    accelerator, optimiser = _prepared(owner, loop, out)
+    own = range(accelerator.process_index, loop.parts, accelerator.num_processes) # micro-batches of this process
+    state = State(owner.net, loop, memory) # FSDP has put parameters of its own into the network
+    accelerator.register_for_checkpointing(state)
+    if (last := latest_checkpoint(out)) is not None:
+        accelerator.load_state(str(last))
+        accelerator.print(f"resumed at step {state.step}")
+    accelerator.init_trackers("logs")
+
+    def accumulate(k, part): # a gradient, which stays in this process until the step's last micro-batch
+        alone = backward is not None or part != own[-1]
+        with accelerator.no_sync(owner.net) if alone else nullcontext():
+            values, logs, *apart = loss(k, part)
+            if not torch.isfinite(values).all():
+                raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
+            if backward is None: accelerator.backward(values.mean()/len(own))
+            else: logs = backward(values/loop.parts, logs, *apart)
+        return dict(logs, loss=values.mean().item())
+
+    def update(k): # clip, step, average
+        for group in optimiser.param_groups: group["lr"] = loop.lr*wsd(k, loop.steps, loop.warmup, loop.decay)
+        if backward is not None and accelerator.num_processes > 1: # gradients have yet to be added up
+            for p in state.trained.values(): p.grad = accelerator.reduce(p.grad, "sum")
+        norm = accelerator.clip_grad_norm_(state.trained.values(), loop.clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        d = ema_decay(k, loop.ema)
+        for n, a in state.average.items(): a.lerp_(state.trained[n].detach(), 1-d)
+        return dict(grad_norm=float(norm))
+
+    def note(): return f"loss {state.rows[-1]['loss']:.4f}" if state.rows else ""
+    for k in progress(range(state.step, loop.steps), "steps", total=loop.steps, start=state.step, note=note):
+        with _fits(k): state.notes += [*_gathered([accumulate(k, part) for part in own]), update(k)]
+        done = state.step = k+1
+        if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
+        if loop.keep_every and done % loop.keep_every == 0:
+            _keep(accelerator, out/"kept"/f"{done:08d}.safetensors", state.trained)
+        if done % loop.save_every == 0 or done == loop.steps: _save(accelerator, out, done)
+
+    for tracker in accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
+    weights = {n: w.cpu().clone() for n, w in _whole(state.average or state.trained).items()}
+    if not in_pieces(owner.net):
+        owner.net = accelerator.unwrap_model(owner.net)
+        put(owner.net, weights)
+    return weights, pd.DataFrame(state.rows)

@@ -196,7 +196,7 @@ def test_every_combination(config, tmp_path, banks, drawn, winners, losers, link
         files = out/"kept"/f"{step:08d}.safetensors", out/folder/"adapter_model.safetensors"
         kept, saved = (sorted(v.sum().item() for v in load_file(f).values()) for f in files)
         assert kept == saved
-    assert (latest_checkpoint(out)/"memory-0.safetensors").exists() == isinstance(losers, Own)
+    assert bool(memory(latest_checkpoint(out))) == isinstance(losers, Own)
     drawn.clear()
     assert align(run) == out and not drawn
 
@@ -254,7 +254,7 @@ def whole(dro, tmp_path_factory):
     return align(replace(dro, out=str(tmp_path_factory.mktemp("runs")/"whole")))
 
 
-def memory(folder): return load_file(folder/"memory-0.safetensors")
+def memory(folder): return torch.load(folder/"custom_checkpoint_0.pkl")["memory"]
 
 
 def test_memory(whole):

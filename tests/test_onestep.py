@@ -107,6 +107,13 @@ def test_stage_one_is_shared(config, tmp_path):
     assert made("split", gap="none", photos=[photos], take=0)[1] == 3
 
 
+def test_no_teacher_without_a_gap(config, tmp_path, monkeypatch):
+    "Nothing is copied for one, in memory or on the disk"
+    monkeypatch.setattr(srnb.onestep, "deepcopy", lambda o: pytest.fail("copied"))
+    out = train_ctmsr(fill(config, dict(gap="none", out=str(tmp_path/"run"))))
+    assert len(pd.read_parquet(out/"log.parquet")) == 9 and not (out/"stage2"/"kept").exists()
+
+
 def test_another_config_is_refused(whole, config):
     run = fill(config, {"out": str(whole), "match.weight": 1.})
     with pytest.raises(RunOccupied, match="match.weight"): train_ctmsr(run)

@@ -31,6 +31,9 @@ def config(tiny):
 
 # ---------------------------------------------------------------- photographs
 
+def sets(photos, *held): return photo_sets(Data([photos], held), 8, None)
+
+
 def test_own_photographs(tmp_path):
     "Folders instead of the embedded set; one that leaks is refused"
     g, folder, one = generator(1), tmp_path/"photos", tmp_path/"one"
@@ -38,23 +41,23 @@ def test_own_photographs(tmp_path):
     for i in range(8):
         blocks = torch.rand(3, 12, 12, generator=g).repeat_interleave(8, 1).repeat_interleave(8, 2)
         to_pil(blocks).save(folder/f"{i}.png")
-    train, test = photo_sets([str(folder)], [])
+    train, test = sets(folder)
     assert len(train)+len(test) == 8 and train and test and not {p.sha256 for p in train} & {p.sha256 for p in test}
-    with pytest.raises(ValueError, match="held out"): photo_sets([str(folder)], [str(folder)])
+    with pytest.raises(ValueError, match="held out"): sets(folder, folder)
     to_pil(torch.rand(3, 96, 96, generator=g)).save(one/"one.png")
-    with pytest.raises(ValueError, match="at least 2 held out"): photo_sets([str(folder)], [str(one)])
+    with pytest.raises(ValueError, match="at least 2 held out"): sets(folder, one)
 
 
 def test_bad_photographs(config, tmp_path):
     folder = tmp_path/"photos"
     folder.mkdir()
-    with pytest.raises(ValueError, match="photos"): photo_sets([str(folder)], [])
+    with pytest.raises(ValueError, match="photos"): sets(folder)
     to_pil(torch.rand(3, 40, 40, generator=generator(0))).save(folder/"small.png")
     held = embedded_photos()[0].path.parent
     run = fill(config, dict(out=str(tmp_path/"x"), photos=[str(folder)], held_out=[str(held)], take=1))
     with pytest.raises(ValueError, match="small.png.*40.*64"): align(run)
     (folder/"cut.png").write_bytes((folder/"small.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match="cut.png"): photo_sets([str(folder)], [])
+    with pytest.raises(ValueError, match="cut.png"): sets(folder)
     assert not (tmp_path/"x").exists()
 
 
@@ -172,7 +175,7 @@ def test_own_network_is_trained(config, mine):
     assert set(params["stands_for"]) == {"my.py:base", "my.py:averaged"}
     policy = small_policy("my.py:trained", "init", torch.float32)
     pool = PatchPool(embedded_photos("train")[:1], RESSHIFT_TEST, 1, 160)
-    _, logs = sft_loss(pool, policy, 2, 32, 0)(0, 0)
+    _, logs = sft_loss(pool, policy, run)(0, 0)
     assert set(logs) == {"flow"} and 0 < logs["flow"] < 100
     assert len(read_run(align(fill(config, dict(out="dp2o", backbone="my.py:trained", steps=1))))[1])
     judges, match = ("psnr_y", "my.py:BRIGHT"), Match(refresh=1, match_loop=FEW)

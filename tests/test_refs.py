@@ -14,21 +14,27 @@ def test_repository(check, root):
 
 def test_supervised_loss_is_flow_matching(tiny):
     "ASASR's (2) by hand, and zero for a network that knows the answer"
+    from types import SimpleNamespace
+
     import torch
 
-    from srnb.core import check_close
-    from srnb.onestep import draw_batch, sft_loss
+    from srnb.core import check_close, generator
+    from srnb.onestep import sft_loss
     from srnb.pairs import seed_at
     from srnb.policies import from_pretrained
 
     class Pool:
         def batch(self, n, patch, g): return (torch.rand(n, 3, s, s, generator=g) for s in (patch//4, patch))
-    policy = from_pretrained(tiny)
-    x, sigma, target, lq = draw_batch(Pool(), policy, 3, 64, seed_at(5, "sft", 2, 0))
-    z = x - sigma.view(-1, 1, 1, 1)*target
+    policy, run = from_pretrained(tiny), SimpleNamespace(batch=3, patch=64, seed=5)
+    g = generator(seed_at(5, "sft", 2, 0))
+    lq, gt = Pool().batch(3, 64, g)
+    z = policy.codec.encode(gt, lq)
+    sigma, eps = policy.path.draw_sigma(3, g), torch.randn(z.shape, generator=g)
+    s, target = sigma.view(-1, 1, 1, 1), eps-z
+    x = (1-s)*z + s*eps
     with torch.no_grad():
         v, mean = policy.net(x, sigma, lq, return_mean=True)
-        values, logs = sft_loss(Pool(), policy, 3, 64, 5)(2, 0)
+        values, logs = sft_loss(Pool(), policy, run)(2, 0)
     check_close(values, ((v-target)**2).mean((1, 2, 3)) + ((mean-z)**2).mean((1, 2, 3)), rtol=1e-5)
     check_close(logs["flow"], ((v-target)**2).mean().item(), rtol=1e-5)
     assert values.min() > 0
@@ -36,7 +42,7 @@ def test_supervised_loss_is_flow_matching(tiny):
     class Knows(torch.nn.Linear):
         def forward(self, x, sigma, lq, return_mean): return target, z
     policy.net = Knows(1, 1)
-    check_close(sft_loss(Pool(), policy, 3, 64, 5)(2, 0)[0], torch.zeros(3), atol=1e-10)
+    check_close(sft_loss(Pool(), policy, run)(2, 0)[0], torch.zeros(3), atol=1e-10)
 
 
 # ---- a small tree that passes, then one fault at a time
