@@ -31,7 +31,7 @@ from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
 from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
-from .policies import PixelCodec, Policy, ResidualCodec, from_pretrained, save_pretrained
+from .policies import PixelCodec, Policy, ResidualCodec, check_policy, from_pretrained, save_pretrained
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           st_lpips_loss)
 from .runs import (Data, Judging, check_readable, check_unseen, claimed, dtype_of, evaluate, is_done, photo_sets,
@@ -142,9 +142,11 @@ class Patches(Checked):
         self.at_least(0, "seed")
         settle(self)
         Data(self.photos) # the folders are there
-        if own_file(self.init): from_file(self.init, f"{type(self).__name__}.init")
+        where = f"{type(self).__name__}.init"
+        if own_file(self.init): from_file(self.init, where)
+        elif self.init: check_policy(self.init, where)
         if self.init and self.net != type(self).net:
-            raise ValueError(f"{type(self).__name__}.init brings its own network: leave net out")
+            raise ValueError(f"{where} brings its own network: leave net out")
 
     def policy(self, new:Callable)->Policy: # new: () -> Policy, if there is no init
         "What training starts from, with the stride checked"

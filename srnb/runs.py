@@ -33,7 +33,8 @@ from .data import check_disjoint, embedded_photos, find_photos, make_pair, split
 from .degrade import RESSHIFT_TEST, Degradation
 from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
-from .policies import Policy, from_pretrained, policy_folder, save_adapter, save_pretrained, usual_dtype
+from .policies import (Policy, check_policy, from_pretrained, policy_folder, save_adapter, save_pretrained,
+                           usual_dtype)
 from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma, score_group
 from .spectral import radial_psd
 from .training import Loop, fit, in_pieces, processes, put
@@ -158,6 +159,7 @@ class Base(Checked):
         self.at_least(1, "sample_steps")
         settle(self)
         if own_file(self.backbone): from_file(self.backbone, "Base.backbone")
+        elif not is_backbone(self.backbone): check_policy(self.backbone, "Base.backbone")
 
 def small_policy(
     name:str|Callable,     # in SHIPPED, the folder of a policy, `file.py:NAME`: a Policy or what gives one; or this
@@ -178,7 +180,7 @@ def small_policy(
     if "policy" in policy.adapters:
         raise ValueError(f"{where}: {name} carries an adapter 'policy', the name of the one that runs train; make a "
                          "new Policy at every call")
-    policy.dtype = dtype
+    policy.dtype, policy.name = dtype, name if isinstance(name, str) else None
     return policy
 
 def check_readable(

@@ -326,3 +326,11 @@ def test_a_file_that_cannot_be_imported(mine, capsys, text, said):
         assert e.value.code == 2 and error in line and line.count("\n") == 1, words
     with pytest.raises(SystemExit) as e: srnb.train.main([])
     assert e.value.code == 2 and capsys.readouterr().err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("make, where", [
+    (lambda: Base("smal"), "Base.backbone: no policy 'smal': .*did you mean 'small'"),
+    (lambda: BaseRun("x", init="onestp"), "BaseRun.init: no policy 'onestp': .*did you mean 'onestep'"),
+    (lambda: fill(DP2O, dict(backbone="runs/none")), "Base.backbone: no policy 'runs/none'")])
+def test_a_misspelt_base_is_found_out_when_the_config_is_made(make, where):
+    with pytest.raises(FileNotFoundError, match=where): make()
