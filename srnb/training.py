@@ -194,11 +194,13 @@ def _keep(accelerator, file:Path, weights:dict[str, Tensor])->None: # all proces
     if accelerator.is_main_process: replace_file(file, lambda tmp: save_file(copy, tmp))
     accelerator.wait_for_everyone() # others may read it
 
-def _save(accelerator, out:Path, step:int)->None:
-    part, old = out/f".part-{step:08d}", list(out.glob("checkpoint-*"))
+def _save(accelerator, out:Path, state:State)->None:
+    step, said, old = state.step, state.state_dict(), list(out.glob("checkpoint-*"))
+    part = out/f".part-{step:08d}"
     accelerator.save_state(str(part)) # over what a run left that was killed here
     accelerator.wait_for_everyone() # all have written
     if accelerator.is_main_process:
+        torch.save(said, part/"state.pt") # Accelerate would read objects of its caller's back as any pickle
         part.rename(out/f"checkpoint-{step:08d}")
         for o in old: shutil.rmtree(o)
     accelerator.wait_for_everyone()
@@ -217,9 +219,9 @@ def fit(
     accelerator, optimiser = _prepared(owner, loop, out)
     own = range(accelerator.process_index, loop.parts, accelerator.num_processes) # micro-batches of this process
     state = State(owner.net, loop, memory) # FSDP has put parameters of its own into the network
-    accelerator.register_for_checkpointing(state)
     if (last := latest_checkpoint(out)) is not None:
         accelerator.load_state(str(last))
+        state.load_state_dict(torch.load(last/"state.pt", "cpu", weights_only=True))
         accelerator.print(f"resumed at step {state.step}")
     accelerator.init_trackers("logs")
 
@@ -251,7 +253,7 @@ def fit(
         if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
         if loop.keep_every and done % loop.keep_every == 0:
             _keep(accelerator, out/"kept"/f"{done:08d}.safetensors", state.trained)
-        if done % loop.save_every == 0 or done == loop.steps: _save(accelerator, out, done)
+        if done % loop.save_every == 0 or done == loop.steps: _save(accelerator, out, state)
 
     for tracker in accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
     weights = {n: w.cpu().clone() for n, w in _whole(state.average or state.trained).items()}

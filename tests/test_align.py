@@ -254,7 +254,7 @@ def whole(dro, tmp_path_factory):
     return align(replace(dro, out=str(tmp_path_factory.mktemp("runs")/"whole")))
 
 
-def memory(folder): return torch.load(folder/"custom_checkpoint_0.pkl")["memory"]
+def memory(folder): return torch.load(folder/"state.pt")["memory"]
 
 
 def test_memory(whole):

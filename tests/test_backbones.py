@@ -93,7 +93,7 @@ def test_step(folders, tmp_path, kind, method):
     assert all(torch.equal(now[n], p) for n, p in frozen.items())
     assert any((now[n]-p).abs().max() > 1e-3 for n, p in trained.items())
     kept = tmp_path/"checkpoint-00000002"
-    changing = torch.load(kept/"custom_checkpoint_0.pkl")["changing"]
+    changing = torch.load(kept/"state.pt")["changing"]
     assert set(trained) <= set(changing) < set(now) and not (kept/"model.safetensors").exists()
 
 

@@ -4,8 +4,10 @@ import gc
 import hashlib
 import json
 import math
+import pickle
 import re
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -927,7 +929,7 @@ def weights_of(file): return as_peft(load_file(file))
 
 
 def left_by(folder): # average, and weights of the last step, in a stage's checkpoint
-    state = torch.load(latest_checkpoint(folder)/"custom_checkpoint_0.pkl")
+    state = torch.load(latest_checkpoint(folder)/"state.pt")
     return as_peft(state["average"]), as_peft(state["changing"])
 
 
@@ -1094,3 +1096,17 @@ def test_the_last_step_is_logged_and_saved_whatever_the_intervals(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     def slope(step, part): return [1., 1., math.nan][step]
     with pytest.raises(FloatingPointError, match="step 2"): toy(tmp_path, slope=slope)
+
+
+class Trap: # what a pickle may hold: a call
+    def __reduce__(self): return Path.touch, (Path("sprung"),)
+
+
+def test_a_checkpoint_is_read_without_running_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt): toy(tmp_path, stop=5)
+    torch.save(dict(step=Trap()), latest_checkpoint(tmp_path)/"state.pt")
+    with pytest.raises(pickle.UnpicklingError): toy(tmp_path)
+    for f in latest_checkpoint(tmp_path).glob("*.bin"): torch.save(dict(state=Trap()), f)
+    with pytest.raises(pickle.UnpicklingError): toy(tmp_path)
+    assert not Path("sprung").exists()
