@@ -228,7 +228,7 @@ def test_held_out_preference(moved, whole, config):
     (dict(losers="Riesz", radius=-1.), "radius.*-1"), (dict(lam=0.), "lam.*0"),
     (dict(adversary_rank=0), "adversary_rank.*0"), (dict(drift=.1, keep_every=0), "drift.*keep_every.*6"),
     (dict(drift=.1, keep_every=9), "keep_every.*6"), (dict(patch=200), "patch = 200"), (dict(batch=0), "batch.*0"),
-    (dict(train="whole", backbone="x"), "train"), (dict(winners="Top"), "Adversary.*Photograph.*Top"),
+    (dict(train="whole", backbone="some/backbone"), "train"), (dict(winners="Top"), "Adversary.*Photograph.*Top"),
     (dict(reward=None, judges=[]), "judges")])
 def test_config(config, change, named):
     with pytest.raises(ValueError, match=named): fill(config, change)

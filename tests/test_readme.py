@@ -116,6 +116,7 @@ def test_upscale(command, tmp_path, clean_env):
 LESS = dict(size=64, patch=32, m=4, n=1, steps=1, parts=1, sample_steps=2, eval_m=2, take=2, places=1, precision="no")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [o for o in FOUND if "srnb train" in o and "--help" not in o])
 def test_train(command, tmp_path, places, tiny, forked):
     "The run of the command line, made small"

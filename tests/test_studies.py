@@ -19,6 +19,7 @@ def papermill(forked, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_study_over_two_machines(papermill, tmp_path):
     "Each leaves its record behind; the second one adds its runs, repeats none, and refuses another study's record"
     record, found, plan = tmp_path/"record", [], json.loads((ROOT/"nbs/dp2o_study.json").read_text())
