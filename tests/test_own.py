@@ -331,6 +331,6 @@ def test_a_file_that_cannot_be_imported(mine, capsys, text, said):
 @pytest.mark.parametrize("make, where", [
     (lambda: Base("smal"), "Base.backbone: no policy 'smal': .*did you mean 'small'"),
     (lambda: BaseRun("x", init="onestp"), "BaseRun.init: no policy 'onestp': .*did you mean 'onestep'"),
-    (lambda: fill(Run("x", DP2O), dict(backbone="runs/none")), "Base.backbone: no policy 'runs/none'")])
+    (lambda: fill(Run("x", DP2O), dict(backbone="runs/a/none")), "Base.backbone: no policy 'runs/a/none'")])
 def test_a_misspelt_base_is_found_out_when_the_config_is_made(make, where):
     with pytest.raises(FileNotFoundError, match=where): make()
