@@ -669,4 +669,5 @@ def save_control(
 if __name__ == "__main__" and "get_ipython" not in globals():
     if len(sys.argv) != 3 or sys.argv[1] not in TINY:
         raise SystemExit(f"usage: python -m srnb.backbones {'|'.join(TINY)} folder")
-    print(write_tiny(*sys.argv[1:]))
+    try: print(write_tiny(*sys.argv[1:]))
+    except (OSError, ValueError) as e: raise SystemExit(f"python -m srnb.backbones: {e}") from None

@@ -10,13 +10,14 @@ import torch
 from conftest import same_result
 
 from srnb.align import DP2O, Run, Top, align
-from srnb.config import fill
+from srnb.config import fill, leaves
 from srnb.core import RunOccupied, generator, read_run, to_pil, write_image
 from srnb.curation import finished_groups, read_group
 from srnb.data import PatchPool, embedded_photos
 from srnb.degrade import RESSHIFT_TEST
 from srnb.onestep import BaseRun, CTMSRRun, Match, sft_loss, train_base, train_ctmsr
 from srnb.runs import Base, Data, Judging, photo_sets, small_policy
+from srnb.train import presets, read_config
 from srnb.training import Loop
 
 FEW = Loop(steps=2, lr=1e-3, warmup=1, save_every=2, log_every=1)
@@ -334,3 +335,39 @@ def test_a_file_that_cannot_be_imported(mine, capsys, text, said):
     (lambda: fill(Run("x", DP2O), dict(backbone="runs/a/none")), "Base.backbone: no policy 'runs/a/none'")])
 def test_a_misspelt_base_is_found_out_when_the_config_is_made(make, where):
     with pytest.raises(FileNotFoundError, match=where): make()
+
+
+FLAT = [ # a value as papermill, YAML or JSON may bring it; what reaches the run, or the error
+    *(("safeguard", o, False) for o in ("false", "False", "no", "off", False)),
+    *(("safeguard", o, True) for o in ("true", "yes", "on", True)),
+    *(("safeguard", o, "safeguard must be true or false") for o in (0, 1, "0", "maybe", "", None)),
+    ("lr", "3e-4", 3e-4), ("steps", "16", 16), ("steps", 16.0, 16), ("steps", 16.5, "steps must be a whole number"),
+    ("seed", 1.5, "seed must be a whole number"), ("seed", "7", 7), ("batch", True, "batch must be a whole number"),
+    ("lr", "nan", "lr must be a number"), ("loop", 5, "loop must be a Loop"),
+    ("kappa", "a lot", "kappa must be a number"), ("photos", 5, "photos must be a list"),
+    ("out", 5, "out must be text"), ("judges", "psnr_y", None), ("lam", .1, "there is no 'lam'")]
+
+
+@pytest.mark.parametrize("door", ["papermill", "json"])
+@pytest.mark.parametrize("name, value, want", FLAT, ids=[f"{n}={v!r}" for n, v, _ in FLAT])
+def test_no_value_of_another_type_reaches_a_run(tmp_path, name, value, want, door):
+    "One sentence with the parameter's name, the rule and what was given; the folder is not claimed"
+    def read():
+        if door == "papermill": return fill(presets()["dp2o"][1], {name: value})
+        file = tmp_path/"config.json" # with the mark that some editors put first
+        file.write_text(json.dumps({"preset": "dp2o", name: value}), encoding="utf-8-sig")
+        return read_config(file)
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want): read()
+    elif want is not None:
+        path = next(p for p in leaves(read()) if p.split(".")[-1] == name)
+        found = leaves(read())[path][1]
+        assert found == want and type(found) is type(want)
+    else: assert [m.name for m in read().judging.judges] == ["psnr_y"]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[1]", "must be a JSON object, got a list"), ("5", "got a int"), ("{", "is not JSON")])
+def test_a_config_that_is_no_object_is_refused(tmp_path, text, said):
+    (tmp_path/"c.json").write_text(text)
+    with pytest.raises(ValueError, match=said): read_config(tmp_path/"c.json")
