@@ -371,3 +371,10 @@ def test_no_value_of_another_type_reaches_a_run(tmp_path, name, value, want, doo
 def test_a_config_that_is_no_object_is_refused(tmp_path, text, said):
     (tmp_path/"c.json").write_text(text)
     with pytest.raises(ValueError, match=said): read_config(tmp_path/"c.json")
+
+
+def test_a_tiny_backbone_that_cannot_be_written_is_one_line(tmp_path, forked):
+    (tmp_path/"file").touch()
+    run = forked("-m", "srnb.backbones", "sd", str(tmp_path/"file"), cwd=tmp_path)
+    assert run.wait() == 1 and "Traceback" not in run.err
+    assert run.err.strip().splitlines()[-1].startswith("python -m srnb.backbones: ")
