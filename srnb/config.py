@@ -288,4 +288,4 @@ def checked_parameters(
         if name not in own: raise ValueError(f"there is no parameter {name!r}; {nearest(name, own)}")
         kind = type(own[name])
         return coerced(value, kind, name) if kind in (bool, int, float, str) else value
-    return {n: settled(n, v) for n, v in parameters(space, before).items() if n != "_own"}
+    return {n: settled(n, v) for n, v in parameters(space, before).items()}

@@ -402,13 +402,13 @@ def from_pretrained(
 def base_print(
     policy:Policy, # with or without adapters, which do not count
 )->str:            # 16 hexadecimal digits
-    "What tells a base from others of its form: path, codec, and sixteen weights of every tensor, rounded to bfloat16"
+    "What tells a base from others of its form: path, codec, and at most sixteen weights of every tensor, in bfloat16"
     h = hashlib.blake2b(repr((policy.trained_on, policy.codec)).encode(), digest_size=8)
     own = re.compile(r"^module\.|\bbase_model\.model\.|\.base_layer\b|\.original_module\b")
     weights = {own.sub("", n): p.detach() for n, p in policy.net.state_dict().items()
                if "lora_" not in n and ".modules_to_save." not in n}
     for n, p in sorted(weights.items()):
-        some = p.flatten()[::max(1, p.numel()//16)].float().bfloat16().float().cpu()
+        some = p.flatten()[::max(1, -(-p.numel()//16))].float().bfloat16().float().cpu()
         h.update(f"{n} {tuple(p.shape)}".encode() + some.numpy().tobytes())
     return h.hexdigest()
 

@@ -10,7 +10,7 @@ from srnb.core import check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
 from srnb.paths import Flow, Shift, VPEps, VPV, sample_ab2, sample_ddim
-from srnb.policies import (PixelCodec, Policy, ResidualCodec, from_pretrained, load_adapter, save_adapter,
+from srnb.policies import (PixelCodec, Policy, ResidualCodec, base_print, from_pretrained, load_adapter, save_adapter,
                            save_pretrained)
 
 
@@ -175,3 +175,14 @@ def test_a_name_that_is_no_policy_is_answered_with_what_there_is(tmp_path, monke
 def test_the_folder_of_a_run_stands_for_the_policy_that_it_trained(tmp_path):
     save_pretrained(from_pretrained("small"), tmp_path/"run"/"policy")
     assert from_pretrained(tmp_path/"run").source == tmp_path/"run"/"policy"
+
+
+@pytest.mark.parametrize("part", ["head", "middle", "last"])
+def test_the_print_of_a_base_sees_every_tensor_and_no_adapter(part):
+    policy = from_pretrained("small")
+    before, names = base_print(policy), [n for n, _ in policy.net.named_parameters()]
+    name = names[dict(head=0, middle=len(names)//2, last=-1)[part]]
+    with torch.no_grad(): dict(policy.net.named_parameters())[name].add_(.01)
+    moved = base_print(policy)
+    for p in policy.add_lora(2): p.data.normal_()
+    assert before != moved == base_print(policy)
