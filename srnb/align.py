@@ -130,9 +130,10 @@ class Work:
 
     def renew(self, **adapters:Path)->None:
         "A new policy: the base with the adapters that every policy has, and with these, name=folder"
-        self.policy = None
+        fits, self.policy = self.policy.batch, None
         freed() # one backbone in memory
         self.policy = policy_of(self.run.base, self.run.data.prompts, self.device)
+        self.policy.batch = fits # what memory had room for
         for name, folder in (self.on | adapters).items(): load_adapter(self.policy, folder, name)
 
 # %% ../nbs/42_align.ipynb #42-align-008

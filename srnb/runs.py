@@ -155,8 +155,10 @@ class Base(Checked):
     sampler:Literal["own", *SAMPLERS] = "own" # own: the policy's
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
+    sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
     def check(self):
         self.at_least(1, "sample_steps")
+        self.at_least(0, "sample_batch")
         settle(self)
         if own_file(self.backbone): from_file(self.backbone, "Base.backbone")
         elif not is_backbone(self.backbone): check_policy(self.backbone, "Base.backbone")
@@ -204,11 +206,13 @@ def policy_of(
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        return load_backbone(base.backbone, base.options, path, dtype, device, told)
-    if base.options != BackboneOptions():
-        raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
-    policy = small_policy(base.backbone, "Base.backbone", dtype)
-    policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # policy and reference are one function
+        policy = load_backbone(base.backbone, base.options, path, dtype, device, told)
+    else:
+        if base.options != BackboneOptions():
+            raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
+        policy = small_policy(base.backbone, "Base.backbone", dtype)
+        policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # with its reference one function
+    policy.batch = base.sample_batch
     return policy
 
 def freed()->None:

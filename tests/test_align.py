@@ -18,7 +18,7 @@ import srnb.align
 import srnb.pairs
 import srnb.train
 from srnb.align import (Adversary, Bottom, Expert, Given, Made, Method, Nobody, Own, Photograph, Riesz, Run, Samples,
-                        Top, align, cost)
+                        Top, Work, align, cost)
 from srnb.config import fill, record
 from srnb.core import RunOccupied, generator, read_run, run_done
 from srnb.curation import Group, finished_groups, read_group
@@ -26,7 +26,7 @@ from srnb.data import embedded_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST
 from srnb.pairs import Draw, Hinge, Logistic, OnlineDraw, draw_loss, split_backward
 from srnb.policies import Policy, from_pretrained
-from srnb.runs import Base, Data, Judging
+from srnb.runs import Base, Data, Judging, policy_of
 from srnb.spectral import SobolevEnergy, l2_energy
 from srnb.training import Loop, latest_checkpoint
 
@@ -209,6 +209,16 @@ def test_the_bank_is_the_bases(config, tmp_path, drawn):
     assert len(drawn) == 6
     align(replace(run, out=str(tmp_path/"b"))) # the same bank, which says of which policy it is
     assert len(drawn) == 8
+
+
+def test_the_batch_that_fits_is_kept_for_the_rest_of_a_run(config, tmp_path):
+    "The base has what its config says; what was halved since stays so when the base is read again"
+    run = fill(config, dict(out=str(tmp_path/"run"), sample_batch=3))
+    work = Work(run, policy_of(run.base), [], [])
+    assert work.policy.batch == 3
+    work.policy.batch = 1
+    work.renew()
+    assert work.policy.batch == 1
 
 
 def test_safeguard_and_no_drift(config, tmp_path):
