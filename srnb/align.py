@@ -9,7 +9,7 @@ __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'Work', 'Pictures', 
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch import Tensor
 from .adversary import adversary_loser, riesz_loser
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
-from .core import open_run, run_done, seed_of, write_table
-from .curation import (Group, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank, make_outputs,
-                           read_group, score_bank, top_bottom)
+from .core import open_run, run_done, seed_of, to_bytes, write_table
+from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
+                           make_outputs, read_bytes, score_bank, top_bottom)
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
@@ -41,23 +41,27 @@ from .training import Loop, fit, processes, put, refuse_fsdp
 class Work:
     "A run at work: what its choices may ask for"
     def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None):
-        def groups(crops): # with the photograph in place of samples
-            told = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}
-            return [Group(i, lq, gt, gt[None], told.get(i, "")) for i, lq, gt in crops]
+        def groups(crops): # with the photograph in place of samples; held as bytes
+            told, held = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}, []
+            for i, lq, gt in crops:
+                lq, gt = to_bytes(lq), to_bytes(gt)
+                held.append(Group(i, lq, gt, gt[None], told.get(i, "")))
+            return WhenAsked(held, Group.images)
         self.run, self.policy, self.device, self.given = run, policy, policy.device, given # pairs of the reader's own
         self.crops, self.probes = groups(crops), groups(probes) # to train on, and held out
+        self.ids = [o.id for o in self.crops.held]
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
         self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
         self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
 
-    def inputs(self, groups:list[Group])->dict:
+    def inputs(self, groups:WhenAsked)->dict:
         "Pairs and prompts, as `make_bank` and `make_outputs` take them"
-        told = {o.id: o.prompt for o in groups} if self.run.data.prompts else None
-        return dict(pairs=[(o.id, o.lq, o.gt) for o in groups], prompts=told)
+        told = {o.id: o.prompt for o in groups.held} if self.run.data.prompts else None
+        return dict(pairs=WhenAsked(groups, lambda o: (o.id, o.lq, o.gt)), prompts=told)
 
-    def sample(self, folder:Path, groups:list[Group], m:int)->Path:
+    def sample(self, folder:Path, groups:WhenAsked, m:int)->Path:
         "A bank of the policy's samples; processes share the groups"
         how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
@@ -67,9 +71,9 @@ class Work:
         "M samples of every training crop, drawn by the base"
         return self.sample(self.home/"bank", self.crops, self.run.judging.m)
 
-    def samples(self)->list[Group]:
-        "The groups of the bank"
-        return [read_group(self.bank, o.id) for o in self.crops]
+    def samples(self, chosen:Tensor|None=None)->Iterator[Group]: # 8 bit
+        "The groups of the bank, one after the other; of each the chosen candidates (G,N), or all"
+        for k, i in enumerate(self.ids): yield read_bytes(self.bank, i, None if chosen is None else chosen[k].tolist())
 
     @cached_property
     def scores(self)->pd.DataFrame:
@@ -83,19 +87,19 @@ class Work:
 
     def rewards(self, frozen:bool=False)->Tensor: # (G,M)
         "Reward of every sample of the bank, scaled in its group or on the frozen scale"
-        ids, scale = [o.id for o in self.crops], self.bounds if frozen else GroupMinMax()
-        return bank_reward(self.scores, self.run.judging.reward, ids, scale)
+        scale = self.bounds if frozen else GroupMinMax()
+        return bank_reward(self.scores, self.run.judging.reward, self.ids, scale)
 
-    def outputs(self, names:tuple[str, ...], groups:list[Group])->list[Group]: # `crops`, or `probes`
+    def outputs(self, names:tuple[str, ...], groups:WhenAsked)->Sequence[Group]: # `crops`, or `probes`
         "Outputs of other models, in place of samples"
         def own(lq): # of the bare base, whatever adapters there are by now
-            told = next(o.prompt for o in groups if torch.equal(o.lq, lq[0]))
+            told = next(o.prompt for o in groups.held if torch.equal(o.lq, to_bytes(lq[0])))
             with self.policy.using(): sr = self.policy.sample(lq, [0], self.steps, self.sampler, prompts=[told])
             return sr[:, 0]
         folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))
-        return [read_group(folder, o.id) for o in groups]
+        return WhenAsked([read_bytes(folder, o.id) for o in groups.held], Group.images)
 
     def batches(self,
         draw:Callable,    # `draw_pairs`, `draw_made` or `draw_alone`
@@ -114,7 +118,7 @@ class Work:
     def stage(self,
         name:str,          # of an adapter
         folder:str,        # of the stage
-        groups:list[Group],# with the pictures that it learns in place of samples
+        groups:Sequence[Group], # with the pictures that it learns in place of samples
         rank:int,
         loop:Loop,
         seed:int,          # of the adapter's weights
@@ -122,8 +126,8 @@ class Work:
         **note,            # what else decides the result
     )->Path:
         "Train an adapter by supervision; its folder"
-        run, ids = self.run, [o.id for o in self.crops]
-        said = dict(self.note, base=self.base, ids=ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
+        run = self.run
+        said = dict(self.note, base=self.base, ids=self.ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
                     precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
@@ -138,7 +142,7 @@ class Work:
 # %% ../nbs/42_align.ipynb #42-align-008
 class Pictures(Checked):
     "Winning pictures"
-    def groups(self, work:Work)->list[Group]: "The pictures that win, crop by crop, in place of samples"
+    def groups(self, work:Work)->Sequence[Group]: "The pictures that win, crop by crop, in place of samples"
 
 @dataclass(frozen=True)
 class Photograph(Pictures):
@@ -151,14 +155,15 @@ class Top(Pictures):
     n:int = 4           # winners, and losers, of a group
     frozen:bool = False # rank on the scale frozen on the training bank, not on each group's own
     def check(self): self.at_least(1, "n")
+    def winning(self, top:Group)->Group: return top # of its best samples, 8 bit
     def groups(self, work):
         top, _ = top_bottom(work.rewards(self.frozen), self.n)
-        return [replace(g, sr=g.sr[best]) for g, best in zip(work.samples(), top, strict=True)]
+        return WhenAsked(list(map(self.winning, work.samples(top))), Group.images)
 
 @dataclass(frozen=True)
 class Expert(Top):
     "The photograph and the best samples win [Diffusion-DRO, eq. 11]"
-    def groups(self, work): return [replace(g, sr=torch.cat([g.gt[None], g.sr])) for g in super().groups(work)]
+    def winning(self, top): return replace(top, sr=torch.cat([top.gt[None], top.sr]))
 
 # %% ../nbs/42_align.ipynb #42-align-010
 class Losers(Checked):
@@ -190,7 +195,7 @@ class Bottom(OfBank):
         top = work.run.method.winners
         reward = work.rewards(top.frozen)
         best, worst = top_bottom(reward, top.n)
-        rows = [(g, g.sr[w], g.sr[l]) for g, w, l in zip(work.samples(), best, worst, strict=True)]
+        rows = ((o, o.sr[:top.n], o.sr[top.n:]) for o in work.samples(torch.cat([best, worst], 1)))
         return pairs_of(rows, hpo_weights(reward, best, worst, self.intra, self.inter))
     def states(self, run): return run.method.winners.n*super().states(run)
 
@@ -208,7 +213,7 @@ class Made(Losers):
     def __init_subclass__(cls):
         if cls.loser is Made.loser:
             raise TypeError(f"{cls.__name__} makes losers and does not say how: write loser(self, work, groups)")
-    def loser(self, work:Work, groups:list[Group])->Callable: # (policy, Crops) -> (n,C,H,W)
+    def loser(self, work:Work, groups:Sequence[Group])->Callable: # (policy, Crops) -> (n,C,H,W)
         "Every kind has its own; the groups are those that win: `work.crops`, or `work.probes`"
     def draw(self, work):
         groups = work.run.method.winners.groups(work)
@@ -439,7 +444,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
             BASELINES[n](work.crops[0].lq[None, :, :16, :16])
         with torch.no_grad(): # a prompt that the network cannot read
-            policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops)]))
+            policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
         open_run(out, said) # the inputs are good: the folder is claimed
     return work
 
@@ -495,7 +500,7 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
 
 def judge(work:Work, banks:dict[str, Path])->None:
     "Metrics and spectra of the banks; the metrics are written last"
-    judging, ids = work.run.judging, [o.id for o in work.probes]
+    judging, ids = work.run.judging, [o.id for o in work.probes.held]
     write_table(work.out/"psd.parquet", spectra(banks, ids))
     tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale)]
     if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))

@@ -8,7 +8,7 @@ __all__ = ['seed_at', 'Draw', 'Crops', 'draw_crops', 'states_of', 'Pairs', 'pair
            'split_backward', 'draw_alone']
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-003
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from .backbones import LatentCodec
 from .config import Checked
-from .core import generator, seed_of, to_bytes
+from .core import generator, seed_of, to_bytes, to_floats
 from .curation import Group
 from .online import policy_states, take_snapshot
 from .policies import EMPTY, Policy, text_ids
@@ -76,9 +76,9 @@ def draw_crops(
         if q > min(h, w): raise ValueError(f"a patch of {f*q} pixels does not fit into pictures of {f*h}x{f*w}")
         y, x = (int(torch.randint(s-q+1, (1,), generator=g)) for s in (h, w))
         box = ..., slice(f*y, f*(y+q)), slice(f*x, f*(x+q))
-        lq, whole = _unit(lq[None, :, y:y+q, x:x+q]), latents is not None and (h, w) == (q, q)
+        lq, whole = to_floats(lq[None, :, y:y+q, x:x+q]), latents is not None and (h, w) == (q, q)
         z = latents.get(k) if whole else None
-        if z is None: z = policy.codec.encode(_unit(images[box]), lq.expand(len(images), -1, -1, -1)).cpu()
+        if z is None: z = policy.codec.encode(to_floats(images[box]), lq.expand(len(images), -1, -1, -1)).cpu()
         if whole: latents[k] = z
         rows.append((z, lq, text))
         where.append((items[k], box))
@@ -88,9 +88,6 @@ def draw_crops(
     sigma, eps = (levels or usual)(n, g), torch.randn((n, *z.shape[1:]), generator=g)
     z, eps, sigma, lq, text = (o.to(policy.device) for o in (z, eps, sigma, lq, text))
     with torch.no_grad(): return Crops(z, eps, sigma, policy.encode(lq, text), lq, text, tuple(where), seed)
-
-def _unit(o:Tensor)->Tensor: # bytes as float32 in [0, 1]
-    return o if o.is_floating_point() else o.float().div(255)
 
 def states_of(
     policy:Policy,
@@ -115,13 +112,17 @@ class Pairs:
     latents:dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False) # group -> z of whole candidates
 
 def pairs_of(
-    rows:Sequence[tuple], # of each group: the Group, its winners and its losers (N,3,H,W), [0, 1]
+    rows:Iterable[tuple], # of each group: the Group, its winners and its losers (N,3,H,W); 8 bit, or in [0, 1]
     weight:Tensor,        # (G,N,N), mean 1
 )->Pairs:
     "Winners and losers as bytes, with the inputs and prompts of their groups"
-    groups, winners, losers = zip(*rows, strict=True)
-    columns = ([to_bytes(o) for o in part] for part in ([g.lq for g in groups], winners, losers))
-    return Pairs(*columns, weight, text_ids(g.prompt for g in groups))
+    lq, winners, losers, prompts = [], [], [], []
+    for group, w, l in rows: # one after the other: of a group nothing else stays
+        lq.append(to_bytes(group.lq))
+        winners.append(to_bytes(w))
+        losers.append(to_bytes(l))
+        prompts.append(group.prompt)
+    return Pairs(lq, winners, losers, weight, text_ids(prompts))
 
 def check_pairs(
     pairs,       # that a reader's function gave
@@ -163,7 +164,7 @@ def draw_pairs(
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-018
 def draw_winners(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples; 8 bit, or in [0, 1]
     policy:Policy,
     n:int,              # crops
     patch:int,          # pixels of a crop
@@ -175,20 +176,20 @@ def draw_winners(
     return draw_crops(groups, show, policy, n, patch, seed, levels)
 
 def given_loser(
-    groups:list[Group], # of the same inputs, with the outputs that lose
+    groups:Sequence[Group], # of the same inputs, with the outputs that lose; 8 bit, or in [0, 1]
 )->Callable:            # (policy, crops of winners) -> z of the losers (n,C,H,W)
     "A loser that is a given picture of the same crop: a supervised pair"
-    given = {o.id: o.sr for o in groups}
+    place = {o.id: k for k, o in enumerate(groups)}
     def loser(policy, w):
         g, images = generator(seed_of(w.seed, "given")), []
         for o, box in w.where:
-            sr = given[o.id]
-            images.append(sr[torch.randint(len(sr), (1,), generator=g)][box])
+            sr = groups[place[o.id]].sr
+            images.append(to_floats(sr[torch.randint(len(sr), (1,), generator=g)][box]))
         return policy.codec.encode(torch.cat(images).to(w.lq.device), w.lq).to(w.z)
     return loser
 
 def draw_made(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples
     policy:Policy,      # with the adapters that the loser needs
     n:int,              # pairs
     patch:int,          # pixels
@@ -204,7 +205,7 @@ def draw_made(
 @dataclass
 class OnlineDraw:
     "Experts against states of the policy's own trajectories; keeps a buffer [Diffusion-DRO, eqs. 11, 12, Algorithm 1]"
-    groups:list[Group] # with the winners in place of samples
+    groups:Sequence[Group] # with the winners in place of samples
     policy:Policy      # with the adapters `policy` and `snapshot`
     n:int              # pairs
     patch:int          # pixels
@@ -316,7 +317,7 @@ def split_backward(
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-036
 def draw_alone(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples
     policy:Policy,
     n:int,              # crops
     patch:int,          # pixels
