@@ -29,7 +29,7 @@ from .curation import (Group, bank_bounds, bank_reward, fingerprint, hpo_weights
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
-from .policies import Policy, load_adapter, save_adapter, text_ids
+from .policies import Policy, check_reads, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
@@ -426,6 +426,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     if whole: refuse_fsdp()
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device)
+        check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
                              f"{type(method.losers).__name__}, and no start")

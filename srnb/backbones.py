@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -240,14 +240,20 @@ class ControlledFlux(nn.Module):
         return unpack(out[0], x.shape)
 
 # %% ../nbs/12_backbones.ipynb #b2a1c0d2
+@contextmanager
+def _same_draws(device:torch.device)->Iterator[None]: # inside, new weights are always the same; drawn on the processor
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+        torch.default_generator.manual_seed(0)
+        yield
+
 def unet_branch(
     unet:nn.Module, # UNet2DConditionModel
 )->nn.Module:       # frozen ControlNetModel, on its device and in its precision
     "A control branch that begins as a copy of encoder and middle, LR read in pixels at the size of the output"
     from diffusers import ControlNetModel
     p = next(unet.parameters())
-    with torch.device(p.device): net = ControlNetModel.from_unet(unet)
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+    with _same_draws(p.device): net = ControlNetModel.from_unet(unet)
+    return nn.Module.to(net, p.device, p.dtype).requires_grad_(False)
 
 def flux_branch(
     transformer:nn.Module, # FluxTransformer2DModel
@@ -257,10 +263,10 @@ def flux_branch(
     from diffusers import FluxControlNetModel
     p, known = next(transformer.parameters()), inspect.signature(FluxControlNetModel.__init__).parameters
     own = {k: v for k, v in transformer.config.items() if k in known}
-    with torch.device(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
+    with _same_draws(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
     for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
         getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+    return nn.Module.to(net, p.device, p.dtype).requires_grad_(False)
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-031
 class Texts:
