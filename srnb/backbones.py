@@ -728,16 +728,26 @@ def save_lora(
     if lost := set(names)-policy.adapters:
         there = ", ".join(sorted(policy.adapters)) or "none"
         raise ValueError(f"there is no adapter {min(lost)!r}; there are {there}")
-    plain, state = getattr(policy.net, "module", policy.net), {}
+    on_base, on_branch = _changed(policy, names)
+    if on_branch: raise ValueError(f"{min(on_branch)} is part of the control branch: write it with save_control")
+    return _write_lora(on_base, Path(folder), names)
+
+def _changed(policy:Backbone, names:Sequence[str])->tuple[dict, dict]: # layers on the base and on its branch, by path
+    plain, on_base, on_branch = getattr(policy.net, "module", policy.net), {}, {}
     for path, layer in layers_of(plain):
-        path, here = path.removeprefix("base_model.model."), [n for n in names if parts_of(layer, n)]
-        if not here: continue
-        if not path.startswith(plain.base_name + "."):
-            raise ValueError(f"{path} is part of the control branch: write it with save_control")
+        path = path.removeprefix("base_model.model.")
+        if not any(parts_of(layer, n) for n in names): continue
+        (on_base if path.startswith(plain.base_name + ".") else on_branch)[path] = layer
+    return on_base, on_branch
+
+def _write_lora(layers:dict[str, nn.Module], folder:Path, names:Sequence[str])->Path:
+    state = {}
+    for path, layer in layers.items():
+        here = [n for n in names if parts_of(layer, n)]
         down, up = [layer.lora_A[n].weight for n in here], [layer.scaling[n]*layer.lora_B[n].weight for n in here]
         state[f"{path}.lora_A.weight"] = torch.cat(down).detach().cpu()
         state[f"{path}.lora_B.weight"] = torch.cat(up, 1).detach().cpu()
-    file = Path(folder)/"pytorch_lora_weights.safetensors"
+    file = folder/"pytorch_lora_weights.safetensors"
     replace_file(file, lambda tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, dict(format="pt")))
     return file
 
@@ -757,6 +767,13 @@ def save_control(
         setattr(net.get_submodule(parent), leaf, layer.get_base_layer())
     net.save_pretrained(folder)
     return Path(folder)
+
+def _write_plain(self, folder:Path, names:Sequence[str])->None:
+    on_base, on_branch = _changed(self, names)
+    if on_base and all(hasattr(layer, "lora_A") for layer in on_base.values()): _write_lora(on_base, folder, names)
+    if on_branch: save_control(self, folder/"controlnet", names)
+
+Backbone.write_plain = _write_plain
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-057
 #| eval: false

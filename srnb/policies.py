@@ -151,6 +151,12 @@ class Policy:
         "Prediction minus target, subtracted in float32 [ASASR, eq. 9]"
         return self.predict(x, sigma, cond).float() - target.float()
 
+    def write_plain(self,
+        folder:Path,         # of an adapter that is being written
+        names:Sequence[str], # of this adapter and of those below it
+    )->None:
+        "Write what other tools read beside PEFT's files: nothing here; a backbone of room 12 writes diffusers' layout"
+
 # %% ../nbs/11_policies.ipynb #11-policies-018
 @contextmanager
 def in_eval(net:nn.Module)->Iterator[None]:
@@ -462,6 +468,7 @@ def _write_adapter(policy:Policy, folder:Path, name:str, base:dict|None=None)->N
     config = json.loads((inner/"adapter_config.json").read_text())
     write_json(inner/"adapter_config.json", config | dict(base_model_name_or_path=policy.name))
     if base: write_json(inner/"base.json", base)
+    if base: policy.write_plain(inner, [*base["below"], name])
     for n in base["below"] if base else (): _write_adapter(policy, inner/"below"/n, n)
     shutil.rmtree(folder, ignore_errors=True)
     inner.rename(folder)
