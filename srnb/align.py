@@ -29,7 +29,7 @@ from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, 
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
-from .policies import Policy, load_adapter, save_adapter, text_ids
+from .policies import Policy, check_reads, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
@@ -431,6 +431,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     if whole: refuse_fsdp()
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device)
+        check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
                              f"{type(method.losers).__name__}, and no start")
@@ -450,7 +451,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
 
 def align(
     run:Run, # everything that decides the result
-)->Path:     # its folder: config.json, log.parquet, adapter/, metrics.parquet, the banks
+)->Path:     # its folder: config.json, log.parquet, adapter/ (PEFT and diffusers), metrics.parquet, the banks
     "Prepare, train, evaluate before and after; resumes, and says so if it is already done"
     loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
     method, out, state = run.method, Path(run.out), processes(*loops)

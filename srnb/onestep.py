@@ -31,7 +31,8 @@ from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
 from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
-from .policies import PixelCodec, Policy, ResidualCodec, check_policy, from_pretrained, save_pretrained
+from .policies import (PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
+                           save_pretrained)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           st_lpips_loss)
 from .runs import (Data, Judging, check_readable, check_unseen, claimed, dtype_of, evaluate, is_done, photo_sets,
@@ -152,6 +153,7 @@ class Patches(Checked):
         "What training starts from, with the stride checked"
         policy = small_policy(self.init or new, "init", dtype_of(self.precision), seed=self.seed)
         if own_file(self.init): check_readable(policy, self.init)
+        elif self.init: check_reads(policy) # what a function makes may be untrained
         if not self.init: policy.net.to(memory_format=torch.channels_last)
         if self.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {self.patch}")
@@ -220,6 +222,7 @@ def evaluate_base(
     check_unseen(out/"policy", photos)
     pairs = [(p.id, *make_pair(p, data.size, data.degradation)) for p in photos]
     policy = from_pretrained(out/"policy", dtype=torch.bfloat16)
+    check_reads(policy)
     note = dict(degradation=record(data.degradation), size=data.size)
     bank = make_bank(out/"held_out", policy, pairs, m, steps, note=note)
     table = evaluate(dict(sample=bank), [i for i, _, _ in pairs], metrics, mean=True)
