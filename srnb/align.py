@@ -27,9 +27,9 @@ from .core import open_run, run_done, seed_of, to_bytes, write_table
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
                            make_outputs, read_bytes, score_bank, top_bottom)
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
-                        gaps, given_loser, pairs_of, seed_at, split_backward)
+                        gaps, given_loser, pairs_of, row_backward, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
-from .policies import Policy, check_reads, load_adapter, save_adapter, text_ids
+from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
@@ -69,7 +69,7 @@ class Work:
     @cached_property
     def bank(self)->Path: # of the training crops
         "M samples of every training crop, drawn by the base"
-        return self.sample(self.home/"bank", self.crops, self.run.judging.m)
+        return self.sample(self.home/"bank", self.crops, self.run.m)
 
     def samples(self, chosen:Tensor|None=None)->Iterator[Group]: # 8 bit
         "The groups of the bank, one after the other; of each the chosen candidates (G,N), or all"
@@ -77,12 +77,19 @@ class Work:
 
     @cached_property
     def scores(self)->pd.DataFrame:
-        "Scores of the bank under the reward's metrics"
-        return score_bank(self.bank, self.run.judging.reward.metrics)
+        "Scores under the reward's metrics: of the bank, or where none is drawn of the held-out samples before"
+        return score_bank(self.bank if self.run.m else self.before, self.run.judging.reward.metrics)
+
+    @cached_property
+    def before(self)->Path: # drawn by what training starts from
+        "Samples of the held-out photographs before training"
+        m = self.run.judging.eval_m
+        name = f"{'started-' if self.on else ''}before-{m}" if self.run.banks else "before"
+        return self.sample(self.home/name, self.probes, m)
 
     @cached_property
     def bounds(self):
-        "The scale on which rewards are reported, frozen on the bank; None without a reward"
+        "The scale on which rewards are reported, frozen on these scores; None without a reward"
         return bank_bounds(self.scores, self.run.judging.reward) if self.run.judging.reward else None
 
     def rewards(self, frozen:bool=False)->Tensor: # (G,M)
@@ -133,10 +140,9 @@ class Work:
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
     def renew(self, **adapters:Path)->None:
-        "A new policy: the base with the adapters that every policy has, and with these, name=folder"
-        self.policy = None
-        freed() # one backbone in memory
-        self.policy = policy_of(self.run.base, self.run.data.prompts, self.device)
+        "The base with the adapters that every policy has, and with these, name=folder, in place of those that it has"
+        drop_adapters(self.policy)
+        freed()
         for name, folder in (self.on | adapters).items(): load_adapter(self.policy, folder, name)
 
 # %% ../nbs/42_align.ipynb #42-align-008
@@ -342,10 +348,11 @@ class Run(Checked):
     budget:int = 0                 # network evaluations in all, which then decide the number of updates; 0: loop.steps
     drift:float = 0.               # also judge the kept copy nearest to this drift; 0: the last step alone
     banks:str|None = None          # folder for what runs may share; None: out
+    rows:int = 0                   # states whose activations are held at once, for one more forward; 0: all of a batch
     def check(self):
         self.at_least(1, "rank", "batch", "patch")
-        self.at_least(0, "seed", "budget", "drift")
-        method, m = self.method, self.judging.m
+        self.at_least(0, "seed", "budget", "drift", "rows")
+        method, m = self.method, self.m
         if isinstance(method.winners, Top):
             n = method.winners.n
             if self.judging.reward is None: raise ValueError("Judging.reward: the best samples need one to rank them")
@@ -363,6 +370,11 @@ class Run(Checked):
     def samples(self)->bool: # of the training crops are needed
         return isinstance(self.method.winners, Top) or isinstance(self.method.losers, OfBank)
 
+    @property
+    def m(self)->int: # samples that are drawn of every training crop
+        if self.judging.m is None: return 8*self.samples
+        return self.judging.m if self.samples or self.judging.reward else 0
+
 # %% ../nbs/42_align.ipynb #42-align-016
 def cost(
     run:Run,
@@ -371,8 +383,9 @@ def cost(
 )->tuple[float, float]: # before the first update; of one micro-batch
     "Network evaluations of a run, in forwards of 64x64 pixels; only what the method itself needs"
     image, patch, method = (run.data.size/64)**2, (run.patch/64)**2, run.method
-    bank = crops*run.judging.m*steps*image if run.samples else 0
-    one = (5 if method.safeguard else 3)+(method.link is not None) # policy with backward, or two, and the reference
+    bank = crops*run.m*steps*image if run.samples else 0
+    one = 4 if run.rows else 5 if method.safeguard else 3 # two forwards and a backward; one and two; one and one
+    one += method.link is not None # the reference
     update = method.losers.states(run)*one+method.losers.forwards(run)
     return bank+method.losers.before(run, crops, steps)*patch, update*patch
 
@@ -394,11 +407,13 @@ def loop_of(
 # %% ../nbs/42_align.ipynb #42-align-018
 def objective(work:Work)->tuple[Callable, Callable|None, object|None]: # loss, backward and memory, for `fit`
     "What a run optimises"
-    method, policy = work.run.method, work.policy
+    run, method, policy = work.run, work.run.method, work.policy
     draw = method.losers.draw(work)
     apart = method.safeguard or isinstance(method.losers, Own) # for the online losers, to log both norms
-    backward = split_backward(policy, method.safeguard) if apart else None
-    return draw_loss(draw, policy, method.link, method.energy), backward, draw if hasattr(draw, "tensors") else None
+    backward = row_backward(run.rows) if run.rows else None
+    if apart: backward = split_backward(policy, method.safeguard, run.rows)
+    loss = draw_loss(draw, policy, method.link, method.energy, run.rows)
+    return loss, backward, draw if hasattr(draw, "tensors") else None
 
 def held_out_preference(
     work:Work,
@@ -408,7 +423,7 @@ def held_out_preference(
     run, rows, loser = work.run, [], work.run.method.losers.loser(work, work.probes)
     for o in work.probes:
         d = draw_made([o], work.policy, draws, run.patch, seed_of("held out", o.id), loser)
-        with torch.no_grad(): gap, _, _ = gaps(work.policy, d, run.method.energy)
+        with torch.no_grad(): gap, _, _ = gaps(work.policy, d, run.method.energy, run.rows)
         margin = pair_margin(gap[::2], gap[1::2])
         for n, v in (("preference_loss", run.method.link(margin)), ("accuracy", (margin > 0).float())):
             rows.append(dict(image=o.id, seed=0, metric=n, variant="after", value=v.mean().item()))
@@ -427,7 +442,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
     method, out = run.method, Path(run.out)
     check_available(run.judging.metrics, (run.data.size, run.data.size))
-    whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift
+    whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device)
@@ -460,16 +475,15 @@ def align(
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:
         print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
-    if run.samples: _ = work.bank # drawn by the bare base, whatever adapters come
-    _ = work.bounds # frozen on its rewards
+    if run.m: _ = work.bank # drawn by the bare base, whatever adapters come
     if method.start: method.start.prepare(work)
-    name = f"{'started-' if method.start else ''}before-{m}" if run.banks else "before"
-    banks = dict(before=work.sample(work.home/name, work.probes, m))
+    banks = dict(before=work.before)
+    _ = work.bounds # all processes score
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
     weights, log = fit(work.policy, loss, loop, out, backward, memory)
-    loss = backward = memory = None # they hold the policy
+    loss = backward = memory = None # they hold pairs and states
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
@@ -481,7 +495,10 @@ def align(
 def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
     "Write the log and the adapters, of the last step and of the copy that is nearest to the drift"
     run, out = work.run, work.out
-    def anew():
+    def anew(): # FSDP has cut the base, too
+        work.policy = None
+        freed()
+        work.policy = policy_of(run.base, run.data.prompts, work.device)
         work.renew()
         add_trained(work.policy, run.base.options, run.rank, run.seed)
         return work.policy

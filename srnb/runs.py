@@ -319,11 +319,11 @@ def kept_drifts(
 class Judging(Checked):
     "What ranks candidates, and what judges the result"
     reward:Reward|None = OFFLINE # ranks the candidates; its scale is frozen on them; None: metrics alone
-    m:int = 8                    # samples of a training crop, if a reward or a choice needs them
+    m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
     def check(self):
-        self.at_least(1, "m", "eval_m")
+        self.at_least(1, "eval_m", *(["m"] if self.m is not None else []))
         if self.reward is None and not self.judges: raise ValueError("Judging.judges must name at least one metric")
         known = {}
         for m in self.metrics:
