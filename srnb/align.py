@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .adversary import adversary_loser, riesz_loser
+from .backbones import Backbone
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
 from .core import open_run, run_done, seed_of, to_bytes, write_table
@@ -138,6 +139,10 @@ class Work:
                     precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
+
+    def keep(self)->None:
+        "The folder is this run's: prompts and latents of a backbone go there"
+        if isinstance(self.policy, Backbone): self.policy.keep(self.home)
 
     def renew(self, **adapters:Path)->None:
         "The base with the adapters that every policy has, and with these, name=folder, in place of those that it has"
@@ -445,7 +450,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
     with state.main_process_first():
-        policy = policy_of(run.base, run.data.prompts, state.device)
+        policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
@@ -462,6 +467,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
         open_run(out, said) # the inputs are good: the folder is claimed
+        work.keep()
     return work
 
 def align(
@@ -498,7 +504,8 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
     def anew(): # FSDP has cut the base, too
         work.policy = None
         freed()
-        work.policy = policy_of(run.base, run.data.prompts, work.device)
+        work.policy = policy_of(run.base, run.data.prompts, work.device, work.home/"texts")
+        work.keep()
         work.renew()
         add_trained(work.policy, run.base.options, run.rank, run.seed)
         return work.policy

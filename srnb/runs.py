@@ -199,12 +199,13 @@ def policy_of(
     base:Base,
     prompts:str|None=None, # JSON file, for a backbone that reads text
     device:str|torch.device="cpu",
+    texts:str|Path|None=None, # folder to read encoded prompts from, where `base.options` names none
 )->Policy:                 # without adapters
     "The base that a config names: a small policy, or a backbone with its prompts encoded"
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        return load_backbone(base.backbone, base.options, path, dtype, device, told)
+        return load_backbone(base.backbone, base.options, path, dtype, device, told, texts)
     if base.options != BackboneOptions():
         raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
     policy = small_policy(base.backbone, "Base.backbone", dtype)

@@ -1,6 +1,7 @@
 "What a run holds, loads, encodes and samples, in counts: no more than it trains on"
 import json
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 import srnb.runs
 from srnb.align import (ASASR, DP2O, DPO, DRO, SFT, Adversary, Bottom, Expert, Method, Own, Photograph, Run, Samples,
                         Start, Top, Work, align, cost)
-from srnb.backbones import (NEGATIVE, BackboneOptions, LatentCodec, load_backbone, write_tiny, write_tiny_control)
+from srnb.backbones import NEGATIVE, BackboneOptions, LatentCodec, load_backbone, write_tiny, write_tiny_control
 from srnb.core import generator, read_run, to_bytes
 from srnb.curation import Group, bank_bounds, fingerprint, group_seeds, make_outputs, read_group, score_bank
 from srnb.data import embedded_photos
 from srnb.pairs import Hinge, Logistic, Pairs, draw_loss, draw_pairs, draw_winners, row_backward
-from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter
+from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter, text_ids
 from srnb.rewards import OFFLINE_NR, GlobalBounds
 from srnb.runs import Base, Data, Judging, add_trained, policy_of
 from srnb.spectral import SobolevEnergy
@@ -191,6 +192,29 @@ def test_nothing_of_an_adapter_is_left(folders, train):
         drop_adapters(policy)
         assert fingerprint(policy) == before and [n for n, _ in policy.net.named_modules()] == names
         assert not policy.adapters and not policy.off
+
+
+def test_prompts_and_pictures_are_encoded_once_for_all_runs(folders, counted, tmp_path):
+    "Of every method: what one run has encoded lies in the folder that runs share, in half precision"
+    banks, told = tmp_path/"banks", set()
+    for name, method in METHODS.items():
+        run, told = run_of(folders, "sd", method, tmp_path/name, drift=1e-9, banks=str(banks))
+        align(run)
+        assert sorted(counted.prompts) == sorted({"", NEGATIVE, *told})
+        assert sum(counted.pictures) == len(list((banks/"latents").iterdir())) # of outputs, winners and losers
+    files = [f for o in ("latents", "texts") for f in (banks/o).iterdir()]
+    assert len(files) > 6+len(told) and {o.dtype for f in files for o in load_file(f).values()} == {torch.float16}
+
+
+def test_other_encoders_in_the_same_place_are_asked_anew(folders, counted, tmp_path):
+    "A base that was written over another one does not get the other's prompts"
+    base, texts = write_tiny("sd", tmp_path/"sd"), str(tmp_path/"texts")
+    def told(): return load_backbone(base, BackboneOptions(texts=texts), prompts=["a tree"]).texts(text_ids(["a tree"]))[0]
+    first, again = told(), told()
+    assert torch.equal(first, again) and counted.prompts.count("a tree") == 1
+    shutil.rmtree(base)
+    write_tiny("sd", base, seed=1)
+    assert not torch.equal(first, told()) and counted.prompts.count("a tree") == 2
 
 
 # ---------------------------------------------------------------- no more samples than a method trains on
