@@ -158,14 +158,17 @@ METHODS = dict(asasr=ASASR_SMALL, dpo=Method(losers=Samples(), link=Logistic(10.
                dro=Method(losers=Own(1, 2, 2, 2), link=Hinge(.01)))
 
 
-@pytest.mark.parametrize("kind, method, train", [("sd", "asasr", "base"), ("sdxl", "dpo", "whole"),
-                                                 ("flux", "dro", "control")])
+SLOW = pytest.mark.slow
+
+@pytest.mark.parametrize("kind, method, train", [("sd", "asasr", "base"), pytest.param("sdxl", "dpo", "whole", marks=SLOW),
+                                                 pytest.param("flux", "dro", "control", marks=SLOW)])
 def test_one_load_and_one_encoding(folders, counted, tmp_path, kind, method, train):
     "With a start, an adversary, samples after and at the matched copy: the base is read once, and each prompt"
     run, told = run_of(folders, kind, METHODS[method], tmp_path/"out", train, drift=1e-9)
     out = align(run)
     assert counted.loads == [str(folders[kind])]
     assert sorted(counted.prompts) == sorted({"", *told} | ({NEGATIVE} if kind != "flux" else set()))
+    if kind != "flux": assert sum(counted.pictures) == len(list((out/"latents").iterdir())) # FLUX encodes its inputs, too
     policy = policy_of(run.base, run.data.prompts) # read anew, it gives what the run sampled with its one base
     found = read_group(out/"bank-after", (i := embedded_photos("held_out")[0].id))
     seeds = group_seeds(i, 1)
@@ -194,6 +197,7 @@ def test_nothing_of_an_adapter_is_left(folders, train):
         assert not policy.adapters and not policy.off
 
 
+@SLOW
 def test_prompts_and_pictures_are_encoded_once_for_all_runs(folders, counted, tmp_path):
     "Of every method: what one run has encoded lies in the folder that runs share, in half precision"
     banks, told = tmp_path/"banks", set()
@@ -209,7 +213,9 @@ def test_prompts_and_pictures_are_encoded_once_for_all_runs(folders, counted, tm
 def test_other_encoders_in_the_same_place_are_asked_anew(folders, counted, tmp_path):
     "A base that was written over another one does not get the other's prompts"
     base, texts = write_tiny("sd", tmp_path/"sd"), str(tmp_path/"texts")
-    def told(): return load_backbone(base, BackboneOptions(texts=texts), prompts=["a tree"]).texts(text_ids(["a tree"]))[0]
+    def told():
+        policy = load_backbone(base, BackboneOptions(texts=texts), prompts=["a tree"])
+        return policy.texts(text_ids(["a tree"]))[0]
     first, again = told(), told()
     assert torch.equal(first, again) and counted.prompts.count("a tree") == 1
     shutil.rmtree(base)
