@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sft_loss', 'onestep_batch', 'Match', 'onestep_loss', 'Patches', 'train_network', 'BaseRun', 'train_base',
-           'evaluate_base', 'CTMSRRun', 'teacher_of', 'train_ctmsr']
+           'evaluate_base', 'train_branch', 'CTMSRRun', 'teacher_of', 'train_ctmsr']
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-004
 import hashlib
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .backbones import BackboneOptions, is_backbone, save_control
 from .config import Checked, from_file, own_file, own_files, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
@@ -31,12 +32,13 @@ from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
 from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
-from .policies import (PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
-                           save_pretrained)
+from .policies import (EMPTY, PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
+                           influence, save_pretrained, text_ids)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           st_lpips_loss)
-from .runs import (Data, Judging, check_readable, check_unseen, claimed, dtype_of, evaluate, is_done, photo_sets,
-                       photos_in, record_of, seen_by, settle, small_policy)
+from .runs import (Base, Data, Judging, add_trained, check_readable, check_unseen, claimed, dtype_of, evaluate,
+                       is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
+                       whole_again)
 from .spectral import l2_energy
 from .training import Loop, fit, processes, put, refuse_fsdp
 
@@ -44,22 +46,26 @@ from .training import Loop, fit, processes, put, refuse_fsdp
 def sft_loss(
     pool:PatchPool,
     policy:Policy, # whose network is trained
-    run,           # with batch, patch and seed
+    run,           # with batch, patch and seed; with prompt_dropout, if there are prompts
+    prompts:dict[str, str]|None=None, # id of a photograph to its prompt; None: all are empty
 )->Callable:       # (step, part) -> (values (n,), logs), for `fit`
     "Mean square errors of the prediction and, where there is that head, of the regressed mean, added [ASASR, eq. 2]"
-    head, path = "return_mean" in signature(policy.net.forward).parameters, policy.path
+    head = "return_mean" in signature(policy.net.forward).parameters
     def loss(step, part):
         g = generator(seed_at(run.seed, "sft", step, part))
-        lq, gt = pool.batch(run.batch, run.patch, g)
-        z = policy.codec.encode(gt, lq)
+        lq, gt, ids = pool.patches(run.batch, run.patch, g)
+        z, path, text = policy.codec.encode(gt, lq).to(policy.device), policy.path_of(lq.to(policy.device)), None
         sigma, eps = path.draw_sigma(run.batch, g), torch.randn(z.shape, generator=g)
-        drawn = path.state(z, eps, sigma), sigma, path.target(z, eps, sigma), lq
-        x, sigma, target, lq = (o.to(policy.device) for o in drawn)
+        if prompts:
+            left_out = torch.rand(run.batch, generator=g) < run.prompt_dropout
+            text = torch.where(left_out, EMPTY, text_ids([prompts[i] for i in ids]))
+        sigma, eps, lq = (o.to(policy.device) for o in (sigma, eps, lq))
+        x, target = path.state(z, eps, sigma), path.target(z, eps, sigma)
         if head:
             with policy.autocast(): v, mean = policy.net(x, sigma, lq, return_mean=True)
             z = path.estimates(x, target, sigma)[0]
             terms = dict(flow=l2_energy(v.float()-target), mean=l2_energy(mean.float()-z))
-        else: terms = dict(flow=l2_energy(policy.residual(x, sigma, target, policy.encode(lq))))
+        else: terms = dict(flow=l2_energy(policy.residual(x, sigma, target, policy.encode(lq, text))))
         return sum(terms.values()), {n: o.mean().item() for n, o in terms.items()}
     return loss
 
@@ -131,7 +137,7 @@ class Patches(Checked):
     out:str                      # the run's folder
     photos:tuple[str, ...] = ()  # folders to train on; none: the embedded photographs marked train
     degradation:Degradation|Callable = RESSHIFT_TEST # settings, or a function (gt, generator, scale) -> lq
-    versions:int = 4             # degraded copies of every photograph
+    versions:int = 4             # degraded copies of every photograph; 0: every patch is degraded anew
     max_side:int = 640           # pixels; larger photographs are reduced first
     init:str|None = None         # a policy's name or folder to start from, or `file.py:NAME`; None: `net`, from zero
     patch:int = 64               # pixels of a training patch
@@ -139,15 +145,24 @@ class Patches(Checked):
     seed:int = 0                 # weights, order, noise
     precision:Literal["auto", "bf16", "no"] = "auto" # of the network's arithmetic
     def check(self):
-        self.at_least(1, "versions", "batch", "patch", "max_side")
-        self.at_least(0, "seed")
+        self.at_least(1, "batch", "patch", "max_side")
+        self.at_least(0, "seed", "versions")
         settle(self)
         Data(self.photos) # the folders are there
         where = f"{type(self).__name__}.init"
         if own_file(self.init): from_file(self.init, where)
-        elif self.init: check_policy(self.init, where)
+        elif self.init and not self.backbone: check_policy(self.init, where)
         if self.init and self.net != type(self).net:
             raise ValueError(f"{where} brings its own network: leave net out")
+
+    @property
+    def backbone(self)->bool: return False # whether it starts from a backbone of room 12
+
+    def fits(self, policy:Policy)->Policy:
+        "The policy, unless its stride does not divide the patch"
+        if self.patch % policy.stride:
+            raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {self.patch}")
+        return policy
 
     def policy(self, new:Callable)->Policy: # new: () -> Policy, if there is no init
         "What training starts from, with the stride checked"
@@ -155,9 +170,7 @@ class Patches(Checked):
         if own_file(self.init): check_readable(policy, self.init)
         elif self.init: check_reads(policy) # what a function makes may be untrained
         if not self.init: policy.net.to(memory_format=torch.channels_last)
-        if self.patch % policy.stride:
-            raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {self.patch}")
-        return policy
+        return self.fits(policy)
 
 def train_network(
     run:Patches,
@@ -166,7 +179,9 @@ def train_network(
     seen:set[str],   # SHA-256 of the photographs that it then has seen
     learn:Callable,  # () -> log
     judge:Callable|None=None, # (), after the policy is written
-)->Path:             # the run's folder; the policy is in its folder `policy`
+    save:Callable=save_pretrained, # (policy, folder)
+    name:str="policy", # of the folder that it is written to
+)->Path:             # the run's folder
     "Claim the folder, train, write log and policy, judge it"
     out = Path(run.out)
     with claimed(out, said) as state: # the inputs are good
@@ -174,8 +189,8 @@ def train_network(
         log = learn()
         if state.is_main_process: # one process writes and judges
             write_table(out/"log.parquet", log)
-            write_json(out/"policy"/"photos.json", sorted(seen))
-            save_pretrained(policy, out/"policy")
+            write_json(out/name/"photos.json", sorted(seen))
+            save(policy, out/name)
             if judge: judge()
         state.wait_for_everyone()
     return out
@@ -186,15 +201,33 @@ class BaseRun(Patches):
     "A supervised base from photographs"
     net:UNetConfig = UNetConfig()
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50)
+    options:BackboneOptions = BackboneOptions(train="whole") # of a backbone
+    prompts:str|None = None      # JSON file, id of a photograph to its prompt, for a backbone; None: empty prompts
+    prompt_dropout:float = .1    # share of patches whose prompt is left out
+    rank:int = 16                # of LoRA on a control branch
     def check(self):
         super().check()
+        self.at_least(1, "rank")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ValueError(f"BaseRun.prompt_dropout must lie in [0, 1], got {self.prompt_dropout}")
+        prompts_of(self.prompts)
+        if not self.backbone and (self.options != type(self).options or self.prompts):
+            raise ValueError("BaseRun: options and prompts are for a backbone of room 12, which init must name; "
+                             f"{self.init or 'a new network'} takes none")
+        if self.backbone and self.options.train == "base":
+            raise ValueError("BaseRun.options.train must be whole (the control branch) or control (LoRA on it): the "
+                             "base itself does not see the input, whatever it is trained on")
         if self.net.scale != 4:
             raise ValueError(f"BaseRun.net: photographs are made four times smaller, got scale = {self.net.scale}")
 
+    @property
+    def backbone(self)->bool: return self.init is not None and is_backbone(self.init)
+
 def train_base(
     run:BaseRun,
-)->Path:        # the run's folder; the policy is in its folder `policy`
+)->Path:        # the run's folder; the policy is in its folder `policy`, a backbone's control branch in `control`
     "Train a base; resumes, and says so if it is already done"
+    if run.backbone: return train_branch(run)
     out, said = Path(run.out), record_of(run)
     processes(run.loop)
     refuse_fsdp()
@@ -228,6 +261,36 @@ def evaluate_base(
     table = evaluate(dict(sample=bank), [i for i, _, _ in pairs], metrics, mean=True)
     write_table(out/"metrics.parquet", table)
     return table
+
+# %% ../nbs/43_onestep.ipynb #43-onestep-branch1
+def train_branch(
+    run:BaseRun, # whose init is a backbone
+)->Path:         # the run's folder; the branch is in its folder `control`, which `options.control` takes
+    "Train a control branch to read the input; resumes, and says so if it is already done"
+    out, loop, state = Path(run.out), run.loop, processes(run.loop)
+    photos = photos_in(run.photos, "train")
+    pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
+    prompts = prompts_of(run.prompts, pool.ids)
+    base = Base(run.init, precision=run.precision, options=run.options)
+    with state.main_process_first(): policy = run.fits(policy_of(base, run.prompts, state.device))
+    said = record_of(run, base=fingerprint(policy))
+    if is_done(out, said, "control/config.json"): return out # which is written last
+    def trainable(policy):
+        add_trained(policy, run.options, run.rank, run.seed)
+        return policy
+    loss = sft_loss(pool, trainable(policy), run, prompts)
+    def watched(step, part):
+        row = (step+1) % loop.log_every == 0 or step+1 == loop.steps
+        seen = dict(influence=influence(policy)) if row else {}
+        values, logs = loss(step, part)
+        return values, logs | seen
+    def learn():
+        weights, log = fit(policy, watched, loop, out)
+        whole = whole_again(policy, weights, lambda: trainable(policy_of(base, run.prompts, state.device)))
+        policy.net = whole.net # FSDP had cut it
+        return log
+    seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
+    return train_network(run, said, policy, seen, learn, save=save_control, name="control")
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-015
 @dataclass(frozen=True)
