@@ -266,7 +266,7 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    tiny = dict(backbone=str(folders["sd"]), control=str(folders["sd-control"]), patch=64, size=64)
     for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
                                 ("c", tiny | dict(patch=56), "patch.*16.*56")):
         run = fill(Run(str(tmp_path/name), DP2O), change)
