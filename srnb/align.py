@@ -446,7 +446,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
 
 def align(
     run:Run, # everything that decides the result
-)->Path:     # its folder: config.json, log.parquet, adapter/, metrics.parquet, the banks
+)->Path:     # its folder: config.json, log.parquet, adapter/ (PEFT and diffusers), metrics.parquet, the banks
     "Prepare, train, evaluate before and after; resumes, and says so if it is already done"
     loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
     method, out, state = run.method, Path(run.out), processes(*loops)

@@ -135,7 +135,7 @@ def fingerprint(
 )->str:            # 16 hexadecimal digits
     "What a policy's samples depend on: its weights, path, codec, precision and guidance"
     said = policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings
-    return digest_of(policy.net, repr(said))
+    return digest_of(policy.net, repr(said), policy.weights)
 
 # %% ../nbs/21_curation.ipynb #21-curation-032
 def _group_file(folder, i)->Path: return Path(folder)/"groups"/f"{i}.safetensors"

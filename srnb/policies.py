@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'influence', 'check_reads',
            'layers_of', 'parts_of', 'usual_dtype', 'save_pretrained', 'policy_folder', 'check_policy',
-           'from_pretrained', 'base_print', 'save_adapter', 'base_of', 'load_adapter']
+           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import hashlib
@@ -91,6 +91,7 @@ class Policy:
         self.source = None # folder that it was read from, which may list what it has seen
         self.name = None   # by which it was read; an adapter's file holds it
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
+        self.weights = None # the files that a backbone was read from; None: its weights are all that tells it
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
 
@@ -149,6 +150,12 @@ class Policy:
     )->Tensor:         # (B,C,H,W) float32
         "Prediction minus target, subtracted in float32 [ASASR, eq. 9]"
         return self.predict(x, sigma, cond).float() - target.float()
+
+    def write_plain(self,
+        folder:Path,         # of an adapter that is being written
+        names:Sequence[str], # of this adapter and of those below it
+    )->None:
+        "Write what other tools read beside PEFT's files: nothing here; a backbone of room 12 writes diffusers' layout"
 
 # %% ../nbs/11_policies.ipynb #11-policies-018
 @contextmanager
@@ -428,14 +435,20 @@ def from_pretrained(
     return policy
 
 # %% ../nbs/11_policies.ipynb #11-policies-039
+_WRAPPED = re.compile(r"^module\.|\bbase_model\.model\.|\.base_layer\b|\.original_module\b")
+
+def bare_name(
+    name:str, # of a weight, in a network that may carry adapters and a wrapper
+)->str:       # "" if it belongs to an adapter
+    "The weight's name in the network without adapters"
+    return "" if "lora_" in name or ".modules_to_save." in name else _WRAPPED.sub("", name)
+
 def base_print(
     policy:Policy, # with or without adapters, which do not count
 )->str:            # 16 hexadecimal digits
     "What tells a base from others of its form: path, codec, and at most sixteen weights of every tensor, in bfloat16"
     h = hashlib.blake2b(repr((policy.trained_on, policy.codec)).encode(), digest_size=8)
-    own = re.compile(r"^module\.|\bbase_model\.model\.|\.base_layer\b|\.original_module\b")
-    weights = {own.sub("", n): p.detach() for n, p in policy.net.state_dict().items()
-               if "lora_" not in n and ".modules_to_save." not in n}
+    weights = {bare_name(n): p.detach() for n, p in policy.net.state_dict().items() if bare_name(n)}
     for n, p in sorted(weights.items()):
         some = p.flatten()[::max(1, -(-p.numel()//16))].float().bfloat16().float().cpu()
         h.update(f"{n} {tuple(p.shape)}".encode() + some.numpy().tobytes())
@@ -455,6 +468,7 @@ def _write_adapter(policy:Policy, folder:Path, name:str, base:dict|None=None)->N
     config = json.loads((inner/"adapter_config.json").read_text())
     write_json(inner/"adapter_config.json", config | dict(base_model_name_or_path=policy.name))
     if base: write_json(inner/"base.json", base)
+    if base: policy.write_plain(inner, [*base["below"], name])
     for n in base["below"] if base else (): _write_adapter(policy, inner/"below"/n, n)
     shutil.rmtree(folder, ignore_errors=True)
     inner.rename(folder)
