@@ -32,7 +32,7 @@ from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone,
 from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
-from .rewards import GroupMinMax, check_available
+from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
@@ -79,7 +79,8 @@ class Work:
     @cached_property
     def scores(self)->pd.DataFrame:
         "Scores under the reward's metrics: of the bank, or where none is drawn of the held-out samples before"
-        return score_bank(self.bank if self.run.m else self.before, self.run.judging.reward.metrics)
+        return score_bank(self.bank if self.run.m else self.before, self.run.judging.reward.metrics,
+                          self.device)
 
     @cached_property
     def before(self)->Path: # drawn by what training starts from
@@ -446,7 +447,8 @@ def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their di
 def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
     method, out = run.method, Path(run.out)
-    check_available(run.judging.metrics, (run.data.size, run.data.size))
+    check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
+    park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
     with state.main_process_first():
@@ -485,6 +487,8 @@ def align(
     if method.start: method.start.prepare(work)
     banks = dict(before=work.before)
     _ = work.bounds # all processes score
+    drop_scorers() # nothing is scored before training has ended
+    freed()
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
@@ -494,8 +498,7 @@ def align(
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
         banks[variant] = work.sample(out/f"bank-{variant}", work.probes, m)
-    with state.main_process_first(): # one process judges, the others find the work done
-        if not run_done(out): judge(work, banks)
+    judge(work, banks, state)
     return out
 
 def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
@@ -523,10 +526,13 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
                 save_adapter(policy, out/"matched-adapter")
     state.wait_for_everyone()
 
-def judge(work:Work, banks:dict[str, Path])->None:
-    "Metrics and spectra of the banks; the metrics are written last"
+def judge(work:Work, banks:dict[str, Path], state)->None:
+    "Metrics of the banks, scored by all processes, and spectra; the metrics are written last"
     judging, ids = work.run.judging, [o.id for o in work.probes.held]
-    write_table(work.out/"psd.parquet", spectra(banks, ids))
-    tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale)]
-    if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))
-    write_table(work.out/"metrics.parquet", pd.concat(tables, ignore_index=True))
+    tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale,
+                       device=work.device)]
+    if state.is_main_process:
+        write_table(work.out/"psd.parquet", spectra(banks, ids))
+        if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))
+        write_table(work.out/"metrics.parquet", pd.concat(tables, ignore_index=True))
+    state.wait_for_everyone()

