@@ -323,7 +323,7 @@ def kept_drifts(
 @dataclass(frozen=True)
 class Judging(Checked):
     "What ranks candidates, and what judges the result"
-    reward:Reward|None = OFFLINE # ranks the candidates; its scale is frozen on them; None: metrics alone
+    reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
     m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
@@ -345,7 +345,7 @@ def evaluate(
     ids:list[str],            # held-out photographs
     metrics:Sequence[Metric], # including the reward's
     reward:Reward|None=None,  # None: metrics alone
-    bounds:GlobalBounds|None=None, # frozen on the training bank: one scale for all variants
+    bounds:GlobalBounds|None=None, # frozen on samples from before: one scale for all variants
     scale:float=1.,           # of the codec, for `moved`
     mean:bool=False,          # also judge the pixel-wise mean of the first bank's samples
     device:str|torch.device="cpu", # that computes the metrics
