@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['seed_at', 'Draw', 'Crops', 'draw_crops', 'states_of', 'Pairs', 'pairs_of', 'check_pairs', 'draw_pairs',
-           'draw_winners', 'given_loser', 'draw_made', 'OnlineDraw', 'Link', 'Logistic', 'Hinge', 'gaps', 'draw_loss',
-           'split_backward', 'draw_alone']
+           'draw_winners', 'given_loser', 'draw_made', 'OnlineDraw', 'Link', 'Logistic', 'Hinge', 'residuals', 'gaps',
+           'draw_loss', 'split_backward', 'draw_alone', 'FirstPass', 'row_backward', 'row_gradients']
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-003
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,12 +18,12 @@ from torch.nn.utils import get_total_norm
 
 from .backbones import LatentCodec
 from .config import Checked
-from .core import generator, seed_of, to_bytes
+from .core import generator, seed_of, to_bytes, to_floats
 from .curation import Group
 from .online import policy_states, take_snapshot
 from .policies import EMPTY, Policy, text_ids
 from .preference import (diagnostics, dpo_loss, group_gradients, group_margins, hinge_loss, ranking_loss,
-                             safeguard_scale)
+                             safeguard_scale, second_pass)
 from .spectral import energy_gap, l2_energy
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-006
@@ -76,9 +77,9 @@ def draw_crops(
         if q > min(h, w): raise ValueError(f"a patch of {f*q} pixels does not fit into pictures of {f*h}x{f*w}")
         y, x = (int(torch.randint(s-q+1, (1,), generator=g)) for s in (h, w))
         box = ..., slice(f*y, f*(y+q)), slice(f*x, f*(x+q))
-        lq, whole = _unit(lq[None, :, y:y+q, x:x+q]), latents is not None and (h, w) == (q, q)
+        lq, whole = to_floats(lq[None, :, y:y+q, x:x+q]), latents is not None and (h, w) == (q, q)
         z = latents.get(k) if whole else None
-        if z is None: z = policy.codec.encode(_unit(images[box]), lq.expand(len(images), -1, -1, -1)).cpu()
+        if z is None: z = policy.codec.encode(to_floats(images[box]), lq.expand(len(images), -1, -1, -1)).cpu()
         if whole: latents[k] = z
         rows.append((z, lq, text))
         where.append((items[k], box))
@@ -88,9 +89,6 @@ def draw_crops(
     sigma, eps = (levels or usual)(n, g), torch.randn((n, *z.shape[1:]), generator=g)
     z, eps, sigma, lq, text = (o.to(policy.device) for o in (z, eps, sigma, lq, text))
     with torch.no_grad(): return Crops(z, eps, sigma, policy.encode(lq, text), lq, text, tuple(where), seed)
-
-def _unit(o:Tensor)->Tensor: # bytes as float32 in [0, 1]
-    return o if o.is_floating_point() else o.float().div(255)
 
 def states_of(
     policy:Policy,
@@ -115,13 +113,17 @@ class Pairs:
     latents:dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False) # group -> z of whole candidates
 
 def pairs_of(
-    rows:Sequence[tuple], # of each group: the Group, its winners and its losers (N,3,H,W), [0, 1]
+    rows:Iterable[tuple], # of each group: the Group, its winners and its losers (N,3,H,W); 8 bit, or in [0, 1]
     weight:Tensor,        # (G,N,N), mean 1
 )->Pairs:
     "Winners and losers as bytes, with the inputs and prompts of their groups"
-    groups, winners, losers = zip(*rows, strict=True)
-    columns = ([to_bytes(o) for o in part] for part in ([g.lq for g in groups], winners, losers))
-    return Pairs(*columns, weight, text_ids(g.prompt for g in groups))
+    lq, winners, losers, prompts = [], [], [], []
+    for group, w, l in rows: # one after the other: of a group nothing else stays
+        lq.append(to_bytes(group.lq))
+        winners.append(to_bytes(w))
+        losers.append(to_bytes(l))
+        prompts.append(group.prompt)
+    return Pairs(lq, winners, losers, weight, text_ids(prompts))
 
 def check_pairs(
     pairs,       # that a reader's function gave
@@ -163,7 +165,7 @@ def draw_pairs(
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-018
 def draw_winners(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples; 8 bit, or in [0, 1]
     policy:Policy,
     n:int,              # crops
     patch:int,          # pixels of a crop
@@ -175,20 +177,20 @@ def draw_winners(
     return draw_crops(groups, show, policy, n, patch, seed, levels)
 
 def given_loser(
-    groups:list[Group], # of the same inputs, with the outputs that lose
+    groups:Sequence[Group], # of the same inputs, with the outputs that lose; 8 bit, or in [0, 1]
 )->Callable:            # (policy, crops of winners) -> z of the losers (n,C,H,W)
     "A loser that is a given picture of the same crop: a supervised pair"
-    given = {o.id: o.sr for o in groups}
+    place = {o.id: k for k, o in enumerate(groups)}
     def loser(policy, w):
         g, images = generator(seed_of(w.seed, "given")), []
         for o, box in w.where:
-            sr = given[o.id]
-            images.append(sr[torch.randint(len(sr), (1,), generator=g)][box])
+            sr = groups[place[o.id]].sr
+            images.append(to_floats(sr[torch.randint(len(sr), (1,), generator=g)][box]))
         return policy.codec.encode(torch.cat(images).to(w.lq.device), w.lq).to(w.z)
     return loser
 
 def draw_made(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples
     policy:Policy,      # with the adapters that the loser needs
     n:int,              # pairs
     patch:int,          # pixels
@@ -204,7 +206,7 @@ def draw_made(
 @dataclass
 class OnlineDraw:
     "Experts against states of the policy's own trajectories; keeps a buffer [Diffusion-DRO, eqs. 11, 12, Algorithm 1]"
-    groups:list[Group] # with the winners in place of samples
+    groups:Sequence[Group] # with the winners in place of samples
     policy:Policy      # with the adapters `policy` and `snapshot`
     n:int              # pairs
     patch:int          # pixels
@@ -261,15 +263,25 @@ class Hinge(Link):
     def __call__(self, margin:Tensor)->Tensor: return hinge_loss(margin, self.gate)
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-028
+def residuals(
+    policy:Policy,
+    draw:Draw,
+    rows:int=0, # states that pass the network at once; 0: all
+)->Tensor:      # (B,C,H,W)
+    "Prediction minus target at the states of a draw"
+    at, n = (draw.x, draw.sigma, draw.target, draw.cond), len(draw.x)
+    if not 0 < rows < n: return policy.residual(*at)
+    return torch.cat([policy.residual(*(o[i:i+rows] for o in at)) for i in range(0, n, rows)])
+
 def gaps(
     policy:Policy,   # with the trained adapter `policy`
     draw:Draw,
     energy:Callable, # of a residual
+    rows:int=0,      # states that pass the network at once; 0: all
 )->tuple[Tensor, Tensor, Tensor]: # gaps (B,) of all states; residuals of policy and reference
     "How much better or worse the policy is than its reference"
-    at = draw.x, draw.sigma, draw.target, draw.cond
-    with policy.reference(): ref = policy.residual(*at)
-    now = policy.residual(*at)
+    with policy.reference(): ref = residuals(policy, draw, rows)
+    now = residuals(policy, draw, rows)
     return energy_gap(now, ref, energy), now, ref
 
 def draw_loss(
@@ -277,34 +289,47 @@ def draw_loss(
     policy:Policy,        # with the trained adapter `policy`
     link:Link|None=None,  # margins to losses; None: the error at the winners
     energy:Callable=l2_energy, # of a residual
+    rows:int=0,           # states whose activations are held at once; 0: all of them
 )->Callable:              # (step, part) -> (values (G,), logs, and gaps of winners and losers if some lose), for `fit`
     "Loss of the margins [Wallace+ 2024, eq. 14; DP2O-SR, loss; ASASR, eqs. 2, 18; Diffusion-DRO, eq. 15]"
     def loss(step, part):
         d = draw(step, part)
         if link is None and d.weight is not None: raise ValueError("a draw with losers needs a link: Logistic or Hinge")
-        if link is None: return energy(policy.residual(d.x, d.sigma, d.target, d.cond)), {}
-        gap, now, ref = gaps(policy, d, energy)
-        if d.weight is None: # as if the policy's own fresh state lost
-            drift = energy(now-ref).detach()
-            values = link(-gap-drift)
-            return values, dict(gap_w=gap.mean().item(), drift=drift.mean().item(),
-                                open=(values > 0).float().mean().item())
-        w, l = gap.reshape(len(d.weight), 2, -1).unbind(1)
-        logs = diagnostics(now, ref, w, l, getattr(link, "kappa", 1.), energy)
-        if isinstance(link, Hinge):
-            del logs["saturated"]
-            logs["open"] = (link(group_margins(w, l)) > 0).float().mean().item()
-        return ranking_loss(w, l, link, d.weight), logs, w, l
+        with torch.no_grad() if rows else nullcontext(): # the first of two passes keeps no activations
+            if link is None: gap, now, ref = energy(residuals(policy, d, rows)), None, None # an error: no reference
+            else: gap, now, ref = gaps(policy, d, energy, rows)
+        groups = (1,) if d.weight is None else (len(d.weight), 2) # winners alone, or winners and losers
+        apart = gap.reshape(*groups, -1).unbind(len(groups)-1)
+        if rows: apart = [o.clone().requires_grad_() for o in apart] # the loss starts from plain numbers
+        values, logs = _valued(link, d.weight, apart, now, ref, energy)
+        if not rows: return values, logs, *(apart if len(apart) == 2 else ())
+        places = torch.arange(len(gap), device=gap.device).reshape(*groups, -1).unbind(len(groups)-1)
+        return values, logs, *(FirstPass(o, p, policy, d, ref, energy) for o, p in zip(apart, places, strict=True))
     return loss
+
+def _valued(link, weight, apart, now, ref, energy): # values (G,) and logs
+    if link is None: return apart[0], {}
+    if weight is None: # as if the policy's own fresh state lost
+        gap, drift = apart[0], energy(now-ref).detach()
+        values = link(-gap-drift)
+        return values, dict(gap_w=gap.mean().item(), drift=drift.mean().item(), open=(values > 0).float().mean().item())
+    w, l = apart
+    logs = diagnostics(now, ref, w, l, getattr(link, "kappa", 1.), energy)
+    if isinstance(link, Hinge):
+        del logs["saturated"]
+        logs["open"] = (link(group_margins(w, l)) > 0).float().mean().item()
+    return ranking_loss(w, l, link, weight), logs
 
 def split_backward(
     policy:Policy,
     safeguard:bool=True, # scale the losers' gradient so that the winners' error does not rise
+    rows:int=0,          # as in `draw_loss`
 )->Callable:             # (values, logs, gaps of winners, gaps of losers) -> logs, for `fit`
     "A backward pass that takes the gradients through winners and losers apart, and logs their norms"
     def backward(values, logs, w, l):
         params = [p for p in policy.net.parameters() if p.requires_grad]
-        grads_w, grads_l = group_gradients(values.mean(), w, l, params)
+        if rows: grads_w, grads_l = row_gradients(values.mean(), (w, l), params, rows)
+        else: grads_w, grads_l = group_gradients(values.mean(), w, l, params)
         scale = safeguard_scale(grads_w, grads_l) if safeguard else 1.
         for p, a, b in zip(params, grads_w, grads_l, strict=True):
             step = a + scale*b
@@ -316,7 +341,7 @@ def split_backward(
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-036
 def draw_alone(
-    groups:list[Group], # with the winners in place of samples
+    groups:Sequence[Group], # with the winners in place of samples
     policy:Policy,
     n:int,              # crops
     patch:int,          # pixels
@@ -324,3 +349,45 @@ def draw_alone(
 )->Draw:
     "Winners without losers"
     return states_of(policy, draw_winners(groups, policy, n, patch, seed))
+
+# %% ../nbs/34_pairs.ipynb #34-lean42-1
+@dataclass(frozen=True)
+class FirstPass:
+    "Gaps of some states of a draw, and what makes them again with their graph"
+    gap:Tensor       # (G,N) or (n,) plain numbers, from which the loss starts
+    places:Tensor    # of these states in the draw, same shape
+    policy:Policy
+    draw:Draw
+    ref:Tensor|None  # (B,C,H,W) residuals of the reference at all states; None: an error, and not a gap
+    energy:Callable  # of a residual
+
+    def __call__(self, part:slice)->Tensor: # gaps of some of the states
+        some, d = self.places.flatten()[part], self.draw
+        now = self.policy.residual(*(o[some] for o in (d.x, d.sigma, d.target, d.cond)))
+        return self.energy(now) if self.ref is None else energy_gap(now, self.ref[some], self.energy)
+
+def row_backward(
+    rows:int,  # states at once, as in `draw_loss`
+)->Callable:   # (values, logs, a `FirstPass` of winners, and one of losers if some lose) -> logs, for `fit`
+    "The second pass, with the activations of `rows` states alive at any time"
+    def backward(values, logs, *passes):
+        pulls = torch.autograd.grad(values.mean(), [o.gap for o in passes])
+        for o, pull in zip(passes, pulls, strict=True): second_pass(o, o.gap.flatten(), pull.flatten(), rows)
+        return logs
+    return backward
+
+def row_gradients(
+    loss:Tensor,                # () scalar, made from these gaps
+    passes:Sequence[FirstPass], # of winners, of losers
+    params:Sequence[Tensor],    # what is trained
+    rows:int,                   # states at once
+)->list[list[Tensor]]:          # of each pass, one gradient a parameter
+    "The parts of the loss's gradient, each by a second pass of its own; what `.grad` holds stays"
+    kept, grads = [p.grad for p in params], []
+    pulls = torch.autograd.grad(loss, [o.gap for o in passes])
+    for o, pull in zip(passes, pulls, strict=True):
+        for p in params: p.grad = None
+        second_pass(o, o.gap.flatten(), pull.flatten(), rows)
+        grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+    for p, grad in zip(params, kept, strict=True): p.grad = grad
+    return grads

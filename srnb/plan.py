@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIP_L', 'OPEN_CLIP_H', 'OPEN_CLIP_BIGG', 'T5_XXL', 'SD15', 'SD2', 'SDXL', 'FLUX', 'FLUX_TOKENS', 'GB', 'Network',
            'parameters', 'Architecture', 'run_unet', 'run_flux', 'Tally', 'Cost', 'measure', 'attention_layers',
-           'asasr_layers', 'Training', 'adapt', 'build', 'cost', 'DoesNotFit', 'Plan', 'plan', 'largest']
+           'asasr_layers', 'Training', 'adapt', 'build', 'cost', 'Plan', 'plan', 'largest']
 
 # %% ../nbs/14_plan.ipynb #14-plan-003
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from .backbones import flux_branch, unet_branch
+from .core import DoesNotFit
 
 # %% ../nbs/14_plan.ipynb #14-plan-006
 @dataclass(frozen=True)
@@ -309,9 +310,6 @@ def cost(
 
 # %% ../nbs/14_plan.ipynb #14-plan-029
 GB = 10**9
-
-class DoesNotFit(MemoryError):
-    "More memory is needed than there is; the text says how much, and what to change"
 
 @dataclass(frozen=True)
 class Plan:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'influence', 'check_reads',
            'layers_of', 'parts_of', 'usual_dtype', 'save_pretrained', 'policy_folder', 'check_policy',
-           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter']
+           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter', 'drop_adapters']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import hashlib
@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import nearest
-from .core import bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
+from .core import DoesNotFit, bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
 from .nets import load_net, save_net
 from .paths import SAMPLERS, Flow, Shift, convert, sample_ddim
 
@@ -92,6 +92,7 @@ class Policy:
         self.name = None   # by which it was read; an adapter's file holds it
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self.weights = None # the files that a backbone was read from; None: its weights are all that tells it
+        self.batch = 0    # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
 
@@ -193,7 +194,7 @@ def _sample(self,
     seeds:Sequence,                    # (S,) integers used for every image, or (B,S): one list per image
     steps:int|None=None,               # sampler steps; None: 10, or 1 on a path of residual shifting
     sampler:Callable|None=None,        # (predict, x, sigmas, path, draw) -> z; None: the policy's own
-    batch:int|None=None,               # samples computed together; None: 1 on a CPU, 8 elsewhere
+    batch:int|None=None,               # samples computed together, halved when memory runs out; None: the policy's own
     prompts:Sequence[str]|None=None,   # one per image, for a backbone that reads text; None: empty
 )->Tensor:                             # (B,S,3,H,W), 8-bit values in [0, 1], on the CPU
     "Draw S super-resolved images of every input; each depends on its image and its seed alone"
@@ -206,17 +207,31 @@ def _sample(self,
     if prompts is not None and len(prompts) != len(lq):
         raise ValueError(f"one prompt per image: {len(prompts)} for {len(lq)}")
     text, shape, out = text_ids(prompts or [""]*len(lq)), self.codec.shape(lq), []
-    batch = batch or (1 if self.device.type == "cpu" else 8)
+    batch = batch or self.batch or (1 if self.device.type == "cpu" else 8)
     def code(image, number): return self.encode(image[None].to(self.device), number[None])
     # one at a time: a sample does not depend on its batch
     with in_eval(self.net): codes = [code(o, t) for o, t in zip(lq, text, strict=True)]
-    for i in range(0, len(todo), batch):
-        part = todo[i:i+batch]
+    def images(part): # of these inputs and seeds
         rows, gens = [b for b, _ in part], [generator(s) for _, s in part]
-        def draw(x, gens=gens): return randn_each(x.shape[1:], gens).to(x)
+        def draw(x): return randn_each(x.shape[1:], gens).to(x)
         cond = torch.cat([codes[b] for b in rows])
-        out.append(self.solve(lq[rows], randn_each(shape, gens), steps, sampler, draw, cond).cpu())
+        return self.solve(lq[rows], randn_each(shape, gens), steps, sampler, draw, cond).cpu()
+    while todo:
+        part, short = todo[:batch], None
+        try: out.append(images(part))
+        except torch.OutOfMemoryError as e: short = str(e) # the error itself holds what did not fit
+        if short is None: todo = todo[len(part):]
+        else: batch = self.batch = _half(len(part), short)
     return torch.cat(out).unflatten(0, (len(lq), len(table[0])))
+
+def _half(batch:int, why:str)->int: # of a batch that does not fit
+    if batch == 1:
+        raise DoesNotFit("not even one sample fits into the device's memory: take smaller photographs (size), "
+                         "precision='bf16' or options.tile_vae; srnb.plan says beforehand what fits "
+                         f"({why[:160]})")
+    if torch.cuda.is_available(): torch.cuda.empty_cache() # blocks of the larger batch
+    print(f"{batch} samples at once do not fit into the device's memory: {batch//2} from now on", flush=True)
+    return batch//2
 
 Policy.solve, Policy.sample = torch.no_grad()(_solve), _sample
 
@@ -543,4 +558,15 @@ def load_adapter(
         raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
     policy.off = policy.off-{name} if on else policy.off | {name}
     _activate(policy, name if train else None)
+    return policy
+
+# %% ../nbs/11_policies.ipynb #11-lean42-1
+def drop_adapters(
+    policy:Policy, # its network is whole in this process
+)->Policy:         # the same, without adapters
+    "Take every adapter off: what stays is the network as it was before the first one"
+    if hasattr(policy.net, "peft_config"):
+        for _, layer in layers_of(policy.net): layer._active_adapter = [] # of a copied part the original shall stay
+        policy.net = policy.net.unload()
+    policy.off, policy._layers = set(), []
     return policy

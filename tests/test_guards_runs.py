@@ -148,7 +148,7 @@ EVERY = { # of every Run
     "data.prompts": (given("prompts"), "!prompts must be empty"),
     "base.backbone": (given("tiny2"), "bank before after metrics"), "base.path": ("vp_eps", "bank before after log"),
     "base.precision": ("bf16", "before after adapter"), "base.sampler": ("ab2", "bank before after"),
-    "base.sample_steps": (3, "bank before after"),
+    "base.sample_steps": (3, "bank before after"), "base.sample_batch": (2, ""),
     "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
     "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
     "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
