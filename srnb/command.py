@@ -291,18 +291,22 @@ def run_train(
     argv:Sequence[str], # what follows `srnb train`
 )->int:                 # exit code
     "Train what a preset, a JSON config or an object of your own file describes"
-    from srnb.train import run_of, train
-    print(train(run_of(list(argv) or ["--help"])))
+    from srnb.train import run_of, train_planned
+    print(train_planned(run_of(list(argv) or ["--help"])))
     return 0
 
 def run_plan(
-    argv:Sequence[str], # what follows `srnb plan`: a backbone, then a run as `srnb train` takes it
+    argv:Sequence[str], # what follows `srnb plan`: perhaps one of `planned()`, then a run as `srnb train` takes it
 )->int:                 # exit code
     "Say what a run needs on a card, before anything is downloaded"
-    from srnb.train import plan_of, run_of
-    name, *run = [*argv, ""] if not argv else argv
-    said = plan_of(name, run_of(run or ["dp2o"], f"srnb plan {name}"))
-    if not said: raise Usage(f"srnb plan BACKBONE [PRESET ...]: BACKBONE is sd2, sd15, sdxl or flux, got {name!r}")
+    from srnb.train import plan_of, planned, presets, run_of
+    architecture = planned().get(argv[0]) if argv else None
+    words = list(argv if architecture is None else argv[1:] or ["dp2o"])
+    if words and words[0] in presets() and not any("precision" in o for o in words): # as a card has it
+        words += ["--base.precision", "bf16"]
+    if not (said := plan_of(run_of(words or ["--help"], "srnb plan"), architecture)):
+        raise Usage(f"srnb plan: this run has no backbone; put {', '.join(planned())} before it, or name a folder or "
+                    "owner/name by --base.backbone")
     print(said)
     return 0
 
