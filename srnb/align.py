@@ -29,9 +29,9 @@ from .curation import (Group, bank_bounds, bank_reward, fingerprint, hpo_weights
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
-from .policies import Policy, load_adapter, save_adapter, text_ids
+from .policies import Policy, check_reads, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
-from .rewards import GroupMinMax, check_available
+from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
@@ -74,7 +74,7 @@ class Work:
     @cached_property
     def scores(self)->pd.DataFrame:
         "Scores of the bank under the reward's metrics"
-        return score_bank(self.bank, self.run.judging.reward.metrics)
+        return score_bank(self.bank, self.run.judging.reward.metrics, self.device)
 
     @cached_property
     def bounds(self):
@@ -130,9 +130,10 @@ class Work:
 
     def renew(self, **adapters:Path)->None:
         "A new policy: the base with the adapters that every policy has, and with these, name=folder"
-        self.policy = None
+        fits, self.policy = self.policy.batch, None
         freed() # one backbone in memory
         self.policy = policy_of(self.run.base, self.run.data.prompts, self.device)
+        self.policy.batch = fits # what memory had room for
         for name, folder in (self.on | adapters).items(): load_adapter(self.policy, folder, name)
 
 # %% ../nbs/42_align.ipynb #42-align-008
@@ -421,11 +422,13 @@ def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their di
 def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
     method, out = run.method, Path(run.out)
-    check_available(run.judging.metrics, (run.data.size, run.data.size))
+    check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
+    park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift
     if whole: refuse_fsdp()
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device)
+        check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
                              f"{type(method.losers).__name__}, and no start")
@@ -445,7 +448,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
 
 def align(
     run:Run, # everything that decides the result
-)->Path:     # its folder: config.json, log.parquet, adapter/, metrics.parquet, the banks
+)->Path:     # its folder: config.json, log.parquet, adapter/ (PEFT and diffusers), metrics.parquet, the banks
     "Prepare, train, evaluate before and after; resumes, and says so if it is already done"
     loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
     method, out, state = run.method, Path(run.out), processes(*loops)
@@ -456,6 +459,8 @@ def align(
         print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
     if run.samples: _ = work.bank # drawn by the bare base, whatever adapters come
     _ = work.bounds # frozen on its rewards
+    drop_scorers() # nothing is scored before training has ended
+    freed()
     if method.start: method.start.prepare(work)
     name = f"{'started-' if method.start else ''}before-{m}" if run.banks else "before"
     banks = dict(before=work.sample(work.home/name, work.probes, m))
@@ -468,8 +473,7 @@ def align(
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
         banks[variant] = work.sample(out/f"bank-{variant}", work.probes, m)
-    with state.main_process_first(): # one process judges, the others find the work done
-        if not run_done(out): judge(work, banks)
+    judge(work, banks, state)
     return out
 
 def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
@@ -493,10 +497,13 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
                 save_adapter(policy, out/"matched-adapter")
     state.wait_for_everyone()
 
-def judge(work:Work, banks:dict[str, Path])->None:
-    "Metrics and spectra of the banks; the metrics are written last"
+def judge(work:Work, banks:dict[str, Path], state)->None:
+    "Metrics of the banks, scored by all processes, and spectra; the metrics are written last"
     judging, ids = work.run.judging, [o.id for o in work.probes]
-    write_table(work.out/"psd.parquet", spectra(banks, ids))
-    tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale)]
-    if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))
-    write_table(work.out/"metrics.parquet", pd.concat(tables, ignore_index=True))
+    tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale,
+                       device=work.device)]
+    if state.is_main_process:
+        write_table(work.out/"psd.parquet", spectra(banks, ids))
+        if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))
+        write_table(work.out/"metrics.parquet", pd.concat(tables, ignore_index=True))
+    state.wait_for_everyone()

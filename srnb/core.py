@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
            'to_bytes', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
-           'write_image', 'Clock', 'progress', 'RunOccupied', 'write_json', 'write_table', 'versions', 'git_revision',
-           'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
+           'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table', 'versions',
+           'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -263,6 +263,9 @@ def progress(
 # %% ../nbs/00_core.ipynb #00-core-037
 class RunOccupied(ValueError):
     "The run folder holds a run with other parameters"
+
+class DoesNotFit(MemoryError):
+    "More memory is needed than there is; the text says how much, and what to change"
 
 def write_json(path:str|Path, obj)->Path:
     "Write JSON, whole or not at all; NaN is refused"

@@ -135,7 +135,7 @@ def fingerprint(
 )->str:            # 16 hexadecimal digits
     "What a policy's samples depend on: its weights, path, codec, precision and guidance"
     said = policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings
-    return digest_of(policy.net, repr(said))
+    return digest_of(policy.net, repr(said), policy.weights)
 
 # %% ../nbs/21_curation.ipynb #21-curation-032
 def _group_file(folder, i)->Path: return Path(folder)/"groups"/f"{i}.safetensors"
@@ -223,16 +223,19 @@ def _fill(folder, pairs, draw, what, params, prompts=None): # draw: (id, lq) -> 
 def score_bank(
     folder:str|Path,          # of a bank
     metrics:Sequence[Metric], # of room 20
+    device:str|torch.device="cpu",  # that computes
+    of:Callable|None=None,    # Group -> images (M,3,H,W) that are scored; None: its candidates
+    name:str="",              # of these images: where their scores lie
 )->pd.DataFrame:              # group, candidate, metric, value
     "Score every candidate under every metric, shared with all processes that call this; what was scored before is kept"
-    def file_of(i): return Path(folder)/"scores"/f"{i}.parquet"
+    def file_of(i): return Path(folder)/"scores"/name/f"{i}.parquet"
     def stored(i): return [pd.read_parquet(file_of(i))] if file_of(i).exists() else [] # one table, or none
     def missing(i):
         known = {name for table in stored(i) for name in table.metric}
         return [m for m in metrics if m.name not in known]
     def work(i):
         group = read_group(folder, i)
-        try: new = score_group(missing(i), group.sr, group.gt)
+        try: new = score_group(missing(i), of(group) if of else group.sr, group.gt, device)
         except ValueError as e: raise ValueError(f"photograph {i}: {e}") from e
         new = [pd.DataFrame(dict(group=i, candidate=range(len(v)), metric=n, value=v.tolist())) for n, v in new.items()]
         write_table(file_of(i), pd.concat([*stored(i), *new], ignore_index=True))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
 from .files import ENDS, FORMATS, PICTURES, kind_of
-from .policies import Policy, from_pretrained, usual_dtype
+from .policies import Policy, check_reads, from_pretrained, usual_dtype
 from .tiles import on_latents, plan_tiles, solve_blended, solve_tiles
 
 # %% ../nbs/61_images.ipynb #60-upscale-057
@@ -305,9 +305,12 @@ def load_model(
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {device} cannot be used: {str(e).splitlines()[0]}") from e
     dtype = dtypes.get(dtype, dtype) or usual_dtype(device)
-    if not big: return from_pretrained(model, dtype=dtype, device=device)
-    options = options or BackboneOptions()
-    with _quiet(): return load_backbone(model, options, dtype=dtype, device=device, prompts=prompts)
+    if not big: policy = from_pretrained(model, dtype=dtype, device=device)
+    else:
+        options = options or BackboneOptions()
+        with _quiet(): policy = load_backbone(model, options, dtype=dtype, device=device, prompts=prompts)
+    check_reads(policy)
+    return policy
 
 def _run(work:Work, policy, seed:int, tile:int|None, fix:Callable|None, steps:int|None, overlap:int, say:Callable,
          sampler:Callable|None=None, prompt:str="")->object: # the kind that `work` was made of

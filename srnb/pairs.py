@@ -84,7 +84,7 @@ def draw_crops(
         where.append((items[k], box))
     z, lq, text = (torch.cat(o) for o in zip(*rows, strict=True))
     far = getattr(policy.path, "sigma_max", None) # a one-step network is trained where it is used
-    usual = policy.path.draw_sigma if far is None else lambda n, g: torch.full((n,), far)
+    def usual(n, g): return policy.path_of(lq).draw_sigma(n, g) if far is None else torch.full((n,), far)
     sigma, eps = (levels or usual)(n, g), torch.randn((n, *z.shape[1:]), generator=g)
     z, eps, sigma, lq, text = (o.to(policy.device) for o in (z, eps, sigma, lq, text))
     with torch.no_grad(): return Crops(z, eps, sigma, policy.encode(lq, text), lq, text, tuple(where), seed)

@@ -6,7 +6,7 @@
 __all__ = ['CLIP_L', 'OPEN_CLIP_H', 'OPEN_CLIP_BIGG', 'T5_XXL', 'SD15', 'SD2', 'SDXL', 'FLUX', 'FLUX_TOKENS', 'GB', 'NAMES',
            'Network', 'parameters', 'Architecture', 'run_unet', 'run_flux', 'read_architecture', 'Tally', 'Cost',
            'measure', 'MetaAutocast', 'autocast', 'attention_layers', 'asasr_layers', 'run_layers', 'Training', 'adapt',
-           'build', 'cost', 'DoesNotFit', 'Plan', 'plan', 'largest', 'advice']
+           'build', 'cost', 'Plan', 'plan', 'largest', 'advice']
 
 # %% ../nbs/14_plan.ipynb #14-plan-003
 import re
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from torch.utils.flop_counter import flop_registry
 
 from .backbones import KINDS, BackboneError, ControlledFlux, ControlledUNet, _reading, flux_branch, unet_branch
+from .core import DoesNotFit
 from .policies import Policy, layers_of
 
 # %% ../nbs/14_plan.ipynb #14-plan-006
@@ -397,9 +398,6 @@ def cost(
 
 # %% ../nbs/14_plan.ipynb #14-plan-029
 GB = 10**9
-
-class DoesNotFit(MemoryError):
-    "More memory is needed than there is; the text says how much, and what to change"
 
 @dataclass(frozen=True)
 class Plan:

@@ -35,7 +35,7 @@ from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .policies import (Policy, check_policy, from_pretrained, policy_folder, save_adapter, save_pretrained,
                            usual_dtype)
-from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma, score_group
+from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma
 from .spectral import radial_psd
 from .training import Loop, fit, in_pieces, processes, put
 
@@ -155,8 +155,10 @@ class Base(Checked):
     sampler:Literal["own", *SAMPLERS] = "own" # own: the policy's
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
+    sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
     def check(self):
         self.at_least(1, "sample_steps")
+        self.at_least(0, "sample_batch")
         settle(self)
         if own_file(self.backbone): from_file(self.backbone, "Base.backbone")
         elif not is_backbone(self.backbone): check_policy(self.backbone, "Base.backbone")
@@ -204,11 +206,13 @@ def policy_of(
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        return load_backbone(base.backbone, base.options, path, dtype, device, told)
-    if base.options != BackboneOptions():
-        raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
-    policy = small_policy(base.backbone, "Base.backbone", dtype)
-    policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # policy and reference are one function
+        policy = load_backbone(base.backbone, base.options, path, dtype, device, told)
+    else:
+        if base.options != BackboneOptions():
+            raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
+        policy = small_policy(base.backbone, "Base.backbone", dtype)
+        policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # with its reference one function
+    policy.batch = base.sample_batch
     return policy
 
 def freed()->None:
@@ -343,8 +347,9 @@ def evaluate(
     bounds:GlobalBounds|None=None, # frozen on the training bank: one scale for all variants
     scale:float=1.,           # of the codec, for `moved`
     mean:bool=False,          # also judge the pixel-wise mean of the first bank's samples
+    device:str|torch.device="cpu", # that computes the metrics
 )->pd.DataFrame:              # image, seed, metric, variant, value; `seed` counts the candidates, bicubic has seed 0
-    "Reward and metrics of every held-out candidate, and of the bicubic enlargement"
+    "Reward and metrics of every held-out candidate, and of the bicubic enlargement; scored by all that call this"
     rows, first = [], next(iter(banks.values()))
     def add(image, variant, values): # of the candidates, by metric
         if reward: values = dict(values, reward=hybrid(values, reward, bounds))
@@ -352,16 +357,17 @@ def evaluate(
             for seed, value in enumerate(v.tolist()):
                 rows.append(dict(image=image, seed=seed, metric=metric, variant=variant, value=value))
     for variant, bank in banks.items():
-        scores = score_bank(bank, metrics)
+        scores = score_bank(bank, metrics, device)
         for i in ids:
             sr, values = read_group(bank, i).sr, {m.name: score_table(scores, m.name, [i])[0] for m in metrics}
             if len(banks) > 1: values["moved"] = (sr-read_group(first, i).sr).div(scale).square().mean((1, 2, 3))
             values["spread"] = 255*sr.var(0, unbiased=len(sr) > 1).mean().sqrt().double()[None]
             add(i, variant, values)
-    for i in ids:
-        group = read_group(first, i)
-        add(i, "bicubic", score_group(metrics, bicubic(group.lq[None], group.gt.shape[-2:]), group.gt))
-        if mean: add(i, "mean", score_group(metrics, group.sr.mean(0, keepdim=True), group.gt))
+    others = dict(bicubic=lambda group: bicubic(group.lq[None], group.gt.shape[-2:]))
+    if mean: others["mean"] = lambda group: group.sr.mean(0, keepdim=True)
+    for variant, of in others.items():
+        scores = score_bank(first, metrics, device, of, variant)
+        for i in ids: add(i, variant, {m.name: score_table(scores, m.name, [i])[0] for m in metrics})
     return pd.DataFrame(rows)
 
 def spectra(

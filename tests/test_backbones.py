@@ -1,7 +1,9 @@
 "Every kind of random pipeline goes through every kind of step and run; errors come before work is lost"
 import gc
+import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +11,18 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from diffusers import (ControlNetModel, FluxControlNetModel, FluxControlNetPipeline, StableDiffusionControlNetPipeline,
+                       StableDiffusionXLControlNetPipeline)
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
+from srnb import backbones
 from srnb.align import DP2O, Run, Top, Work, align
-from srnb.backbones import BackboneError, BackboneOptions, _reading, load_backbone, write_tiny, write_tiny_control
+from srnb.backbones import (NEGATIVE, BackboneError, BackboneOptions, _reading, load_backbone, pack, unpack,
+                            write_tiny, write_tiny_control)
 from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
-from srnb.curation import Group, group_seeds, read_group
+from srnb.curation import Group, fingerprint, group_seeds, read_group
 from srnb.data import embedded_photos
 from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, draw_alone, draw_loss, draw_made, draw_pairs, given_loser,
                         split_backward)
@@ -24,9 +31,12 @@ from srnb.plan import DoesNotFit
 from srnb.policies import load_adapter, text_ids
 from srnb.runs import Base, Data, Judging, dtype_of
 from srnb.spectral import SobolevEnergy
-from srnb.training import Loop, fit
+from srnb.training import Loop, fit, put
 
 KINDS = ("sd", "sdxl", "flux")
+CONTROLLED = dict(sd=(StableDiffusionControlNetPipeline, ControlNetModel),
+                  sdxl=(StableDiffusionXLControlNetPipeline, ControlNetModel),
+                  flux=(FluxControlNetPipeline, FluxControlNetModel))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +146,45 @@ def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_pa
     assert not torch.equal(told.sr, policy.sample(told.lq[None], [0], 1)[0])
 
 
-RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no")]
+def latents_of_diffusers(pipe, policy, lq): # two steps of its own pipeline, with the noise of `seed 7`
+    g, y = generator(7), policy.codec.upsample(lq)
+    noise = torch.randn(1, *policy.codec.shape(lq), generator=g)
+    more = dict(image=y, latents=noise, guidance_scale=3.5, negative_prompt=NEGATIVE)
+    if "Flux" in type(pipe).__name__:
+        last = pipe.vae.encoder.conv_out # its pipeline draws the control image's latents: no variance, no draw
+        with torch.no_grad():
+            last.weight[4:].zero_()
+            last.bias[4:] = -30.
+        more = dict(control_image=2*y-1, latents=pack(noise), guidance_scale=2.5, height=64, width=64)
+    pipe.set_progress_bar_config(disable=True)
+    z = pipe(prompt="a tree", num_inference_steps=2, generator=g, output_type="latent", **more).images
+    return unpack(z, noise.shape) if z.ndim == 3 else z
+
+
+def in_diffusers(folders, kind, policy, lq, adapter)->tuple: # latents without and with a run's adapter
+    "A plain ControlNet pipeline of diffusers reads the folder of an adapter that `srnb` wrote"
+    pipeline, control = CONTROLLED[kind]
+    more = dict(safety_checker=None) if kind == "sd" else {}
+    def pipe(branch): return pipeline.from_pretrained(folders[kind], controlnet=control.from_pretrained(branch), **more)
+    plain = pipe(folders[f"{kind}-control"])
+    before = latents_of_diffusers(plain, policy, lq)
+    if (branch := adapter/"controlnet").exists(): return before, latents_of_diffusers(pipe(branch), policy, lq)
+    plain.load_lora_weights(adapter)
+    assert plain.get_active_adapters()
+    return before, latents_of_diffusers(plain, policy, lq)
+
+
+@torch.no_grad()
+def latents_of(policy, lq): # the same noise, steps and prompt
+    g, cond = generator(7), policy.encode(lq, text_ids(["a tree"]))
+    noise, path = torch.randn(1, *policy.codec.shape(lq), generator=g), policy.path_of(lq)
+    def guided(x, sigma): return policy.guided(x, sigma, cond)
+    def fresh(x): return torch.randn(x.shape, generator=g)
+    return policy.sampler(guided, noise, path.sigma_grid(2), path, fresh)
+
+
+RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no"),
+        ("sd", "base", "no"), ("sdxl", "base", "no"), ("flux", "control", "no")]
 
 @pytest.mark.parametrize("kind,train,precision", RUNS)
 def test_run(folders, tmp_path, kind, train, precision):
@@ -161,6 +209,14 @@ def test_run(folders, tmp_path, kind, train, precision):
     if train == "whole":
         assert {p.dtype for n, p in policy.net.named_parameters() if ".policy." in n} == {torch.float32}
     assert (sample()-after.sr).abs().mean() < rounding
+    if precision == "no": # README: a run's own folder loads into plain diffusers
+        lq = before.lq[None]
+        plain, adapted = in_diffusers(folders, kind, policy, lq, out/"adapter")
+        with policy.using(): check_close(latents_of(policy, lq), plain, atol=1e-4)
+        check_close(latents_of(policy, lq), adapted, atol=1e-4)
+        assert (adapted-plain).abs().max() > 1e-3
+        here, there = (to_bytes(policy.codec.decode(z, lq)).int() for z in (latents_of(policy, lq), adapted))
+        assert (here-there).abs().max() <= 1
     (tmp_path/"prompts.json").write_text(json.dumps({ids[0]: "a tree"}))
     with pytest.raises(ValueError, match=f"prompts.json.*{ids[1]}"): align(replace(run, out=str(tmp_path/"lost")))
     assert not (tmp_path/"lost").exists()
@@ -170,13 +226,14 @@ def response(code): return httpx.Response(code, request=httpx.Request("GET", "ht
 
 @pytest.mark.parametrize("error,message", [
     (GatedRepoError("gated", response=response(403)), "accept its licence"),
-    (RepositoryNotFoundError("no", response=response(404)), "check the name"),
+    (RepositoryNotFoundError("no", response=response(404)), "copy under another owner.*sd2-community.*local folder"),
     (LocalEntryNotFoundError("offline"), "check the network"),
     (OSError("no file named model.safetensors"), "missing or damaged")])
 def test_download(error, message):
     with pytest.raises(BackboneError, match=message):
         with _reading("owner/name", "unet"): raise error
-    with pytest.raises(BackboneError, match="licence" if isinstance(error, GatedRepoError) else "missing or damaged"):
+    known = isinstance(error, GatedRepoError | RepositoryNotFoundError)
+    with pytest.raises(BackboneError, match=message if known else "missing or damaged"):
         with _reading("owner/name", "unet"):
             try: raise error
             except Exception as e: raise OSError("wrapped by diffusers") from e
@@ -210,7 +267,7 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    tiny = dict(backbone=str(folders["sd"]), control=str(folders["sd-control"]), patch=64, size=64)
     for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
                                 ("c", tiny | dict(patch=56), "patch.*16.*56")):
         run = fill(Run(str(tmp_path/name), DP2O), change)
@@ -226,3 +283,90 @@ def test_v_prediction(folders, tmp_path):
     a, b = (load_backbone(write_tiny("sd", tmp_path/p, prediction=p)) for p in ("epsilon", "v_prediction"))
     lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
     assert type(b.path).__name__ == "SDV" and (a.sample(lq, [0], 3)-b.sample(lq, [0], 3)).abs().max() > .02
+
+
+def test_fingerprint_by_files(folders, tmp_path, monkeypatch):
+    "A second start hashes no weight of the base and reads no file; what differs from the files is hashed from memory"
+    hashed, read, no_notes = [], [], shutil.ignore_patterns(".*")
+    for n in ("sd", "sd-control"): shutil.copytree(folders[n], tmp_path/n, ignore=no_notes)
+    def load(source=tmp_path/"sd", **options):
+        return load_backbone(source, BackboneOptions(control=str(tmp_path/"sd-control"), **options))
+    raw, file_digest = backbones._raw, hashlib.file_digest
+    monkeypatch.setattr(backbones, "_raw", lambda p: hashed.append(tuple(p.shape)) or raw(p))
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, how: read.append(f.name) or file_digest(f, how))
+    first = fingerprint(load())
+    assert not hashed and [Path(o).parent.name for o in read] == ["vae", "unet", "sd-control"]
+    read.clear()
+    policy = load()
+    assert fingerprint(policy) == first and not hashed and not read
+    policy.add_lora(2)
+    adapted = fingerprint(policy)
+    assert adapted != first and not read
+    assert len(hashed) == sum("lora_" in n for n in policy.net.state_dict()) > 0
+    with torch.no_grad(): next(p for n, p in policy.net.named_parameters() if "lora_B" in n).add_(1.)
+    assert fingerprint(policy) not in (first, adapted)
+    assert fingerprint(load(shutil.copytree(tmp_path/"sd", tmp_path/"copy"))) == first # the folder's name counts not
+    assert fingerprint(load(guidance=2.)) != first
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: p.net.unet.conv_in.weight.data[3, 2, 1].add_(1e-3), # `.data` leaves the version of a tensor alone
+    lambda p: p.net.unet.conv_out.weight.data.copy_(p.net.unet.conv_out.weight.flip(3)), # the same numbers
+    lambda p: p.net.unet.conv_in.weight.data[0, 0, 0, 1].neg_() and p.net.unet.conv_in.weight.data[1, 0, 0, 0].neg_(),
+    lambda p: put(p.net, {"controlnet.conv_in.bias": torch.ones(8)}),
+    lambda p: setattr(p.net.controlnet, "conv_in", torch.nn.Conv2d(4, 8, 3)),
+    lambda p: p.add_copy("controlnet"),
+], ids=["data", "flipped", "signs", "put", "layer", "copy"])
+def test_changed_weights_are_not_the_files(folders, change):
+    "Weights that differ from the files never get the files' fingerprint, and get it again once they are put back"
+    policy = backbone(folders, "sd")
+    first, held = fingerprint(policy), {n: p.clone() for n, p in policy.net.state_dict().items()}
+    change(policy)
+    assert fingerprint(policy) != first
+    if policy.net.state_dict().keys() == held.keys():
+        policy.net.load_state_dict(held)
+        assert fingerprint(policy) == first
+
+
+def test_changed_file(folders, tmp_path):
+    "A file that was changed in place has another fingerprint, and a policy that was read before is hashed from memory"
+    source = shutil.copytree(folders["flux"], tmp_path/"flux")
+    file = source/"transformer"/"diffusion_pytorch_model.safetensors"
+    policy = load_backbone(source)
+    first = fingerprint(policy)
+    state = load_file(file)
+    state["x_embedder.bias"] += 1.
+    save_file(state, file, dict(format="pt"))
+    after = fingerprint(load_backbone(source))
+    assert after != first and fingerprint(policy) not in ("", after)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_note_of_a_digest(tmp_path, monkeypatch, beside):
+    "It lies beside the file, or in the Hub's cache where nothing can be written there; a damaged one is made anew"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path/"cache"))
+    file, note = tmp_path/"a.safetensors", tmp_path/".a.safetensors.json"
+    file.write_bytes(b"weights")
+    if not beside: note.mkdir() # nothing can take its place
+    first = backbones.file_digest(file)
+    note = note if beside else next((tmp_path/"cache"/"srnb").iterdir())
+    assert json.loads(note.read_text()) == dict(stamp=backbones._stamp(file), digest=first)
+    note.write_text('{"stamp": ')
+    assert backbones.file_digest(file) == first == json.loads(note.read_text())["digest"]
+    file.write_bytes(b"others!")
+    assert backbones.file_digest(file) != first
+
+
+def test_weight_files(tmp_path, monkeypatch):
+    "Local, one file, of a variant, or a name on the Hub that lies in the cache; none if they cannot be told"
+    unet = tmp_path/"hub"/"models--owner--name"/"snapshots"/"1"/"unet"
+    unet.mkdir(parents=True)
+    names = ["config.json", *(f"w{v}-0000{k}-of-00002.safetensors" for v in ("", ".fp16") for k in (1, 2))]
+    for n in names: (unet/n).touch()
+    (unet.parents[2]/"refs").mkdir()
+    (unet.parents[2]/"refs"/"main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    def found(*args): return [f.name for f in backbones.weight_files(*args)]
+    assert found(unet.parent, "unet") == found("owner/name", "unet") == names[1:3]
+    assert found(unet.parent, "unet", "fp16") == found("owner/name", "unet", "fp16") == names[3:]
+    assert found(unet/names[1]) == names[1:2] and found("owner/other", "unet") == found(tmp_path/"none") == []

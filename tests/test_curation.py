@@ -22,6 +22,7 @@ from srnb.curation import (finished_groups, group_seeds, hpo_weights, inter_weig
 from srnb.nets import SmallUNet, UNetConfig
 from srnb.policies import Policy
 from srnb.rewards import OFFLINE, PSNR_Y, SSIM_Y, GroupMinMax, hybrid
+from srnb.runs import evaluate
 
 
 @pytest.mark.parametrize("m, n", [(2, 1), (8, 2), (9, 4), (64, 4)])
@@ -291,6 +292,33 @@ def test_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK=2, WORLD_SIZE=2"): touched(tmp_path, ["a"])
+
+
+def judging(bank, journal, together):
+    "Evaluate as one of two processes; the journal has a line for each group that it scores"
+    score_group = curation.score_group
+    def scored(*a):
+        with open(journal, "a") as f: f.write(f"{len(a[1])}\n")
+        time.sleep(.05)
+        return score_group(*a)
+    curation.score_group = scored
+    Path(f"{journal}.ready").touch()
+    while not all(o.exists() for o in together): time.sleep(.005)
+    evaluate(dict(before=bank), finished_groups(bank), [PSNR_Y, SSIM_Y], mean=True).to_parquet(f"{journal}.parquet")
+
+
+def test_two_judge_together(whole, tmp_path, forked):
+    "Each group's candidates, its mean and its enlarged input are scored once, by either; both have the whole table"
+    bank, other = (shutil.copytree(whole[0], tmp_path/n, ignore=shutil.ignore_patterns("scores")) for n in "ab")
+    journals = [tmp_path/f"journal{r}" for r in (0, 1)]
+    together = [Path(f"{o}.ready") for o in journals]
+    team = [forked(judging, bank, o, together, RANK=str(r), WORLD_SIZE="2") for r, o in enumerate(journals)]
+    for p in team: assert p.wait() == 0, p.err
+    each = [o.read_text().split() for o in journals]
+    assert Counter(each[0]+each[1]) == {"3": GROUPS, "1": 2*GROUPS} and min(map(len, each)) > GROUPS
+    alone = evaluate(dict(before=other), finished_groups(bank), [PSNR_Y, SSIM_Y], mean=True)
+    for o in journals: assert pd.read_parquet(f"{o}.parquet").equals(alone)
+    assert set(alone.variant) == {"before", "bicubic", "mean"}
 
 
 def test_earlier_version(whole, tmp_path):

@@ -136,6 +136,7 @@ def looped(path, weights, log, kept, large=()):
 # what else the run needs so that the field decides something
 SOBOLEV = {"method.energy.s": 1.5}
 NONE = "!options are for a backbone"
+OTHER = "!BaseRun.options is for a backbone"
 EVERY = { # of every Run
     "method.energy.s": (.7, "log"), "method.energy.frequency": ("radian", "log", SOBOLEV),
     "method.energy.unit_mean": (False, "log", SOBOLEV), "method.energy.mean": (False, "log"),
@@ -147,12 +148,13 @@ EVERY = { # of every Run
     "data.prompts": (given("prompts"), "!prompts must be empty"),
     "base.backbone": (given("tiny2"), "bank before after metrics"), "base.path": ("vp_eps", "bank before after log"),
     "base.precision": ("bf16", "before after adapter"), "base.sampler": ("ab2", "bank before after"),
-    "base.sample_steps": (3, "bank before after"),
+    "base.sample_steps": (3, "bank before after"), "base.sample_batch": (2, ""),
     "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
     "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
     "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
     "base.options.texts": ("folder", NONE), "base.options.prediction": ("epsilon", NONE),
     "base.options.checkpointing": (True, NONE), "base.options.tile_vae": (True, NONE),
+    "base.options.levels": ("shifted", NONE),
     "judging.reward": ("offline_nr", "bounds metrics"), "judging.m": (5, "samples", {"judging.reward": "offline_nr"}),
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
@@ -203,7 +205,12 @@ OWN = { # of one setting
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
-    "base": PATCHES | looped("loop", "policy", "log", "kept") | {
+    "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
+        control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
+        control_scale=(.5, OTHER), max_tokens=(77, OTHER), texts=("folder", OTHER), prediction=("epsilon", OTHER),
+        checkpointing=(True, OTHER), tile_vae=(True, OTHER), levels=("shifted", OTHER))) | {
+        "prompts": (given("prompts"), "!BaseRun.prompts is for"),
+        "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
         "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
     "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
         init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import srnb.train
 from srnb.align import DP2O, Adversary, Given, Hinge, Method, Own, Riesz, Run, Start, Top
-from srnb.backbones import BackboneOptions, load_backbone, write_tiny
+from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
 from srnb.config import record
 from srnb.curation import finished_groups, read_group
 from srnb.degrade import RESSHIFT_TEST
@@ -71,8 +71,10 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
     "name -> folders of the same run by one process and by two"
     top = tmp_path_factory.mktemp("multi")
     def flux(): # parameters without a gradient
-        options = BackboneOptions(train="whole", checkpointing=True)
-        base = Base(str(write_tiny("flux", top/"flux")), precision="no", sample_steps=2, options=options)
+        folder = write_tiny("flux", top/"flux")
+        control = write_tiny_control(load_backbone(folder), top/"control")
+        options = BackboneOptions(control=str(control), train="whole", checkpointing=True)
+        base = Base(str(folder), precision="no", sample_steps=2, options=options)
         return replace(dp2o, base=base, data=replace(dp2o.data, take=1), judging=replace(dp2o.judging, eval_m=1),
                        loop=replace(LOOP, steps=2, log_every=1), patch=64)
     def adversarial(losers):
@@ -143,7 +145,7 @@ def test_close(runs, name):
     """A transformer's matrix products may round differently from process to process: what two learn is what one learns,
     to that; FSDP writes it whole"""
     one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs(name))
-    start = load_backbone(runs("flux")[0].parent.parent/"flux").net.controlnet.state_dict()
+    start = load_file(runs("flux")[0].parent.parent/"control"/"diffusion_pytorch_model.safetensors")
     assert one.keys() == two.keys() and {k.split("controlnet.")[1] for k in one} == set(start)
     moved = sum((one[k]-start[k.split("controlnet.")[1]]).square().sum() for k in one).sqrt()
     apart = sum((one[k]-two[k]).square().sum() for k in one).sqrt()
