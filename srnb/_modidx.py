@@ -864,6 +864,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.tiles.solve_tiles': ('tiles.html#solve_tiles', 'srnb/tiles.py'),
                             'srnb.tiles.view': ('tiles.html#view', 'srnb/tiles.py')},
             'srnb.train': { 'srnb.train._rules': ('train.html#_rules', 'srnb/train.py'),
+                            'srnb.train.backbone_of': ('train.html#backbone_of', 'srnb/train.py'),
                             'srnb.train.from_json': ('train.html#from_json', 'srnb/train.py'),
                             'srnb.train.main': ('train.html#main', 'srnb/train.py'),
                             'srnb.train.other_choices': ('train.html#other_choices', 'srnb/train.py'),

@@ -19,6 +19,7 @@ from srnb.align import ASASR, DP2O, DRO, SFT, Run, Top
 from srnb.backbones import BackboneOptions, ControlledFlux, ControlledUNet, write_tiny
 from srnb.command import main
 from srnb.core import generator
+from srnb.onestep import BaseRun
 from srnb.pairs import Pairs, draw_loss, draw_pairs
 from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, autocast, build,
                        cost, largest, measure, plan, read_architecture)
@@ -260,6 +261,14 @@ def test_what_a_run_changes_its_plan_changes(folders, tmp_path):
     assert parts(guidance=1.)["decodes"]["activations"] < plain["decodes"]["activations"]
     tiled, whole = [replace(run_on(folders["sd"], tmp_path, tile_vae=t), data=Data(size=1024)) for t in (True, False)]
     assert plans_of(tiled)[0].momentary["VAE decodes"] < plans_of(whole)[0].momentary["VAE decodes"]
+
+
+def test_a_stage_that_makes_a_backbone_read_is_planned(folders, tmp_path):
+    run = BaseRun(str(tmp_path), init=str(folders["sd"]), batch=2, precision="no", loop=Loop(ema=.9))
+    training, = plans_of(run) # it samples nothing, and has no reference
+    assert str(training).startswith(f"{folders['sd']} at 64²: 2 crop(s), the whole branch")
+    assert training.resident["average"] == training.resident["trained, float32"] > 0
+    assert training.flops < plans_of(run_on(folders["sd"], tmp_path, train="whole"))[1].flops
 
 
 def test_a_run_that_does_not_fit_is_told_before_it_starts(folders, tmp_path, monkeypatch, capsys):
