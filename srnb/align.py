@@ -54,7 +54,8 @@ class Work:
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
         self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
-        self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data))
+        self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data),
+                         **run.base.colour.note(policy.codec))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
 
     def inputs(self, groups:WhenAsked)->dict:
@@ -64,7 +65,7 @@ class Work:
 
     def sample(self, folder:Path, groups:WhenAsked, m:int)->Path:
         "A bank of the policy's samples; processes share the groups"
-        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note)
+        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
 
     @cached_property
@@ -104,7 +105,7 @@ class Work:
         def own(lq): # of the bare base, whatever adapters there are by now
             told = next(o.prompt for o in groups.held if torch.equal(o.lq, to_bytes(lq[0])))
             with self.policy.using(): sr = self.policy.sample(lq, [0], self.steps, self.sampler, prompts=[told])
-            return sr[:, 0]
+            return self.run.base.colour.images(sr[0], lq[0], self.policy.codec)
         folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))

@@ -27,6 +27,7 @@ from torch import Tensor
 from .backbones import digest_of
 from .core import (RunOccupied, check_images, open_run, progress, replace_file, seed_of, to_bytes, to_floats,
                        write_table)
+from .colour import Colour
 from .policies import Policy
 from .rewards import GlobalBounds, GroupMinMax, Metric, Reward, fit_bounds, hybrid, score_group
 
@@ -193,13 +194,15 @@ def make_bank(
     seed:int=0,                     # of the bank
     note:dict|None=None,            # what else decides the inputs: degradation, crop; recorded and compared
     prompts:dict[str, str]|None=None, # id -> prompt; none: every prompt is empty
+    colour:Colour=Colour(),         # noqa: B008  of the candidates; recorded and compared if it changes them
 )->Path:
     "Sample M candidates of every photograph, shared with all that call this; none is made twice [DP2O-SR, candidates]"
     def draw(i, lq):
         prompt = dict(prompts=[prompts[i]]) if prompts and prompts[i] else {}
-        return policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler, **prompt)[0]
+        sr = policy.sample(lq[None], group_seeds(i, m, seed), steps, sampler, **prompt)[0]
+        return colour.images(sr, lq, policy.codec)
     params = dict(policy=fingerprint(policy), m=m, steps=steps, sampler=(sampler or policy.sampler).__name__,
-                  seed=seed, **(note or {}))
+                  seed=seed, **(note or {})) | colour.note(policy.codec)
     return _fill(folder, pairs, draw, f"groups of {m}", params, prompts)
 
 def make_outputs(

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import BackboneOptions, is_backbone, load_backbone
+from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
 from .core import bicubic, open_run, seed_of, to_bytes, write_table
 from .curation import Group, read_group, score_bank, score_table
@@ -156,6 +157,7 @@ class Base(Checked):
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
     sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
+    colour:Colour = Colour()   # of samples, before they are scored or shown
     def check(self):
         self.at_least(1, "sample_steps")
         self.at_least(0, "sample_batch")
