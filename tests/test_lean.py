@@ -20,10 +20,12 @@ from srnb.core import generator, read_run, to_bytes
 from srnb.curation import Group, bank_bounds, fingerprint, group_seeds, make_outputs, read_group, score_bank
 from srnb.data import embedded_photos
 from srnb.pairs import Hinge, Logistic, Pairs, draw_loss, draw_pairs, draw_winners, row_backward
+from srnb.plan import SD2
 from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter, text_ids
 from srnb.rewards import OFFLINE_NR, GlobalBounds
 from srnb.runs import Base, Data, Judging, add_trained, policy_of
 from srnb.spectral import SobolevEnergy
+from srnb.train import plans_of
 from srnb.training import Loop
 
 
@@ -311,3 +313,12 @@ def test_rows_bad_input(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="FSDP cuts into pieces"):
         align(replace(of_small(tiny, tmp_path/"run", Method(winners=Top(1), losers=Bottom(), link=Logistic())), rows=2))
     assert not (tmp_path/"run").exists()
+
+
+def test_plan_of_rows():
+    "A plan counts the states that are held at once, and samples of training crops if there are any"
+    run = Run("x", DP2O, base=Base("owner/name", precision="bf16"), judging=Judging(m=16), patch=128)
+    (_, whole), (sampling, pieces) = plans_of(run, SD2), plans_of(replace(run, rows=4), SD2)
+    assert whole.batch*2 == 64 and pieces.batch == 4 and pieces.bytes < whole.bytes/2
+    few, _ = plans_of(Run("x", DRO, base=run.base, judging=Judging(eval_m=1)), SD2)
+    assert sampling.batch == 8 and few.batch == 1
