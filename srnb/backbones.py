@@ -147,7 +147,7 @@ class LatentCodec:
 
 # %% ../nbs/12_backbones.ipynb #12-lean21-02
 def weight_files(
-    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here
+    source:str|Path,       # folder, safetensors file, or a name on the Hub, perhaps with @revision, whose files are here
     part:str="",           # folder inside it
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
@@ -156,7 +156,9 @@ def weight_files(
     path = Path(source)/part
     if path.suffix == ".safetensors": return [path]
     if not path.exists():
-        here = try_to_load_from_cache(str(source), f"{part}/config.json".lstrip("/")) if is_backbone(source) else None
+        name, _, revision = str(source).partition("@")
+        if not is_backbone(name): return []
+        here = try_to_load_from_cache(name, f"{part}/config.json".lstrip("/"), revision=revision or None)
         if not isinstance(here, str): return []
         path = Path(here).parent
     def meant(file): return f".{variant}" in file.name if variant else file.name.count(".") == 1
@@ -233,8 +235,9 @@ def digest_of(
     h.update(files.encode())
     for n, p in sorted(net.state_dict().items()):
         n = n.removeprefix("module.")
-        if files and weights.sums.get(bare_name(n)) == checksum(p): continue # its file is hashed
-        h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
+        if files and weights.sums.get(bare_name(n)) == checksum(p): # its file is hashed, and what it was turned into
+            h.update(f"{bare_name(n)} {p.dtype}".encode())
+        else: h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
     return h.hexdigest()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-022
@@ -674,11 +677,13 @@ def load_backbone(
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
     net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
     own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
-    codec = LatentCodec(vae, digest_of(vae, weights=weights_of(vae, {"": weight_files(source, "vae")})))
+    variant = getattr(options, "variant", None)
+    codec = LatentCodec(vae, digest_of(vae, weights=weights_of(vae, {"": weight_files(source, "vae", variant)})))
     policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
+    base = weight_files(source, kind.denoiser, variant)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
-    policy.weights = weights_of(net, {f"{kind.denoiser}.": weight_files(source, kind.denoiser), "controlnet.": branch})
+    policy.weights = weights_of(net, {f"{kind.denoiser}.": base, "controlnet.": branch})
     policy.settings += (options.max_tokens, options.tile_vae)
     policy.name = source
     if options.control: # its folder may list the photographs that it has seen
