@@ -147,7 +147,7 @@ class LatentCodec:
 
 # %% ../nbs/12_backbones.ipynb #12-lean21-02
 def weight_files(
-    source:str|Path,       # folder, safetensors file, or a name on the Hub, perhaps with @revision, whose files are here
+    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here, with its @revision
     part:str="",           # folder inside it
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
