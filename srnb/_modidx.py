@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.align.Work.sample': ('align.html#work.sample', 'srnb/align.py'),
                             'srnb.align.Work.samples': ('align.html#work.samples', 'srnb/align.py'),
                             'srnb.align.Work.scores': ('align.html#work.scores', 'srnb/align.py'),
+                            'srnb.align.Work.show': ('align.html#work.show', 'srnb/align.py'),
                             'srnb.align.Work.stage': ('align.html#work.stage', 'srnb/align.py'),
                             'srnb.align.align': ('align.html#align', 'srnb/align.py'),
                             'srnb.align.claim': ('align.html#claim', 'srnb/align.py'),

@@ -23,7 +23,7 @@ from torch import Tensor
 from .adversary import adversary_loser, riesz_loser
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
-from .core import open_run, run_done, seed_of, write_table
+from .core import bicubic, open_run, run_done, seed_of, write_table
 from .curation import (Group, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank, make_outputs,
                            read_group, score_bank, top_bottom)
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
@@ -35,7 +35,7 @@ from .rewards import GroupMinMax, check_available
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
-from .training import Loop, fit, processes, put, refuse_fsdp
+from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/42_align.ipynb #42-align-006
 class Work:
@@ -85,6 +85,13 @@ class Work:
         "Reward of every sample of the bank, scaled in its group or on the frozen scale"
         ids, scale = [o.id for o in self.crops], self.bounds if frozen else GroupMinMax()
         return bank_reward(self.scores, self.run.judging.reward, ids, scale)
+
+    def show(self, step:int, trackers:list)->None:
+        "Input, sample and photograph, side by side, of the first held-out photographs: for `fit` to call as it goes"
+        for o in self.probes[:self.run.judging.show]:
+            sr = self.policy.sample(o.lq[None], [0], self.steps, self.sampler, prompts=[o.prompt])[0, 0]
+            row = torch.cat([bicubic(o.lq[None], o.gt.shape[-2:])[0], sr, o.gt], 2)
+            log_pictures(trackers, {f"held out/{o.id}": row}, step)
 
     def outputs(self, names:tuple[str, ...], groups:list[Group])->list[Group]: # `crops`, or `probes`
         "Outputs of other models, in place of samples"
@@ -462,7 +469,7 @@ def align(
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
-    weights, log = fit(work.policy, loss, loop, out, backward, memory)
+    weights, log = fit(work.policy, loss, loop, out, backward, memory, work.show if run.judging.show else None)
     loss = backward = memory = None # they hold the policy
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:

@@ -490,7 +490,7 @@ def load_backbone(
     source:str|Path,                    # folder in diffusers' layout, or a name on the Hub
     options:BackboneOptions=BackboneOptions(), # noqa: B008
     path=None,                          # path to run it on; None: the one it was trained on
-    dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32 or bfloat16
+    dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32, bfloat16, float16
     device:str|torch.device="cpu",
     prompts:Iterable[str]=(),           # that will be asked for; the empty and the negative prompt are always there
 )->Backbone:
@@ -530,7 +530,7 @@ def load_backbone(
     policy = Backbone(net.to(device), path or trained_on, trained_on, LatentCodec(vae, digest_of(vae)), texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     policy.settings += (options.max_tokens, options.tile_vae)
-    policy.name = source
+    policy.name, policy.stored = source, "float16" if dtype == torch.float16 else ""
     return policy
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-039

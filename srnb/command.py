@@ -158,7 +158,8 @@ def upscale_parser()->argparse.ArgumentParser:
              "FLUX")
     p.add_argument("--color-fix", choices=("adain", "wavelet", "none"),
         help="take the colours back to those of the input (adain for a backbone, otherwise none)")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the arithmetic")
     p.add_argument("--device",
         help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
     there = p.add_mutually_exclusive_group()

@@ -136,7 +136,7 @@ class Patches(Checked):
     patch:int = 64               # pixels of a training patch
     batch:int = 16               # patches of a micro-batch
     seed:int = 0                 # weights, order, noise
-    precision:Literal["auto", "bf16", "no"] = "auto" # of the network's arithmetic
+    precision:Literal["auto", "bf16", "fp16", "no"] = "auto" # of the network's arithmetic
     def check(self):
         self.at_least(1, "versions", "batch", "patch", "max_side")
         self.at_least(0, "seed")

@@ -83,7 +83,7 @@ class Policy:
         path=Flow(),                         # noqa: B008  path on which this policy is asked and sampled
         trained_on=Flow(),                   # noqa: B008  path on which the network was trained
         codec:ResidualCodec=ResidualCodec(), # noqa: B008  between images and z
-        dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16 runs it under autocast
+        dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16, float16: autocast
         sampler:Callable=sample_ddim,        # that it is sampled with if nobody names another
     ):
         self.net, self.path, self.trained_on, self.codec = net, path, trained_on, codec
@@ -91,6 +91,7 @@ class Policy:
         self.source = None # folder that it was read from, which may list what it has seen
         self.name = None   # by which it was read; an adapter's file holds it
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
+        self.stored = ""   # how frozen weights are held, if it changes them more than bfloat16 does: float16, 4bit
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
 
@@ -101,7 +102,9 @@ class Policy:
     def stride(self)->int: # pixels: both sides of an image are multiples
         return getattr(self.net, "module", self.net).stride
 
-    def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def autocast(self):
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else torch.bfloat16, enabled=half)
 
     def path_of(self, lq:Tensor):
         "The path of these inputs (B,3,h,w): residual shifting needs them enlarged, the others do not ask"
@@ -431,7 +434,7 @@ def _write_adapter(policy:Policy, folder:Path, name:str, base:dict|None=None)->N
     for f in part.rglob("README.md"): f.unlink()
     config = json.loads((inner/"adapter_config.json").read_text())
     write_json(inner/"adapter_config.json", config | dict(base_model_name_or_path=policy.name))
-    if base: write_json(inner/"base.json", base)
+    if base: write_json(inner/"base.json", base | (dict(stored=policy.stored) if policy.stored else {}))
     if base: policy.write_plain(inner, [*base["below"], name])
     for n in base["below"] if base else (): _write_adapter(policy, inner/"below"/n, n)
     shutil.rmtree(folder, ignore_errors=True)
@@ -470,9 +473,10 @@ def _same_adapter(policy:Policy, name:str, folder:Path)->bool: # as the one that
 def _check_base(policy:Policy, folder:Path, name:str|None)->None: # and load what the adapter was trained upon
     said = json.loads((folder/"base.json").read_text())
     if (found := base_print(policy)) != said["fingerprint"]:
-        raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'} "
-                         f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'} ({found}); "
-                         "load it onto its own base")
+        how, here = (f" in {o}" if o else "" for o in (said.get("stored", ""), policy.stored))
+        raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'}{how} "
+                         f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'}{here} "
+                         f"({found}); load it onto its own base{', read as it was' if how != here else ''}")
     for n in said["below"]:
         if n not in policy.adapters: load_adapter(policy, folder/"below"/n, n)
         elif not _same_adapter(policy, n, folder/"below"/n):

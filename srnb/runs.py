@@ -139,19 +139,22 @@ PATHS = dict(own=None, flow=Flow(), vp_eps=VPEps(), vp_v=VPV()) # own: the one t
 
 def dtype_of(precision:str)->torch.dtype: # of a network's arithmetic
     "What a config's precision stands for"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, no=torch.float32)[precision]
 
 def settle(run)->None: # has a precision
     "Put what suits this machine in place of `auto`"
     if run.precision == "auto":
         object.__setattr__(run, "precision", "bf16" if usual_dtype() is torch.bfloat16 else "no")
+    if run.precision == "fp16" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("precision = 'fp16' scales the loss, and pieces of a network that FSDP has cut would skip "
+                         "different steps: take bf16, or launch with nbs/accelerate/ddp.yaml")
 
 @dataclass(frozen=True)
 class Base(Checked):
     "What a run starts from, and how it is sampled"
     backbone:str = "small"     # in SHIPPED, the folder of a policy, `file.py:NAME`, or a backbone's folder or Hub name
     path:Literal[*PATHS] = "own" # the same network as flow or as diffusion
-    precision:Literal["auto", "bf16", "no"] = "auto" # of the network's arithmetic
+    precision:Literal["auto", "bf16", "fp16", "no"] = "auto" # of the network's arithmetic; fp16: V100, T4
     sampler:Literal["own", *SAMPLERS] = "own" # own: the policy's
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
@@ -322,8 +325,10 @@ class Judging(Checked):
     m:int = 8                    # samples of a training crop, if a reward or a choice needs them
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
+    show:int = 0                 # held-out photographs whose samples go to the tracker at every checkpoint
     def check(self):
         self.at_least(1, "m", "eval_m")
+        self.at_least(0, "show")
         if self.reward is None and not self.judges: raise ValueError("Judging.judges must name at least one metric")
         known = {}
         for m in self.metrics:

@@ -3,12 +3,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
+import pandas as pd
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from srnb.align import Method, Own, Run, align
+from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
 from srnb.core import generator, seed_of
+from srnb.data import embedded_photos
+from srnb.pairs import Hinge
+from srnb.policies import load_adapter
+from srnb.runs import Base, Data, Judging
 from srnb.training import Loop, fit, log_pictures
 
 LOOP = Loop(steps=8, lr=1e-2, warmup=1, parts=2, ema=.9, save_every=3, log_every=1)
@@ -73,3 +81,31 @@ def test_half_precision_learns_the_same(tmp_path):
     "Where nothing overflows, a scale that is a power of two changes no bit"
     half, single = (fit(*toy(o), LOOP, tmp_path/str(o))[0] for o in (torch.float16, torch.float32))
     assert all(torch.equal(half[n], single[n]) for n in single)
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory): # a random pipeline and its control branch
+    top = tmp_path_factory.mktemp("sd")
+    control = write_tiny_control(load_backbone(write_tiny("sd", top/"sd")), top/"control")
+    return top/"sd", BackboneOptions(control=str(control))
+
+
+def test_run_in_half_precision_shows_pictures(sd, tmp_path):
+    "A run of DRO, whose gradients are taken apart: adapters in float32, norms without the scale, pictures as it goes"
+    folder, options = sd
+    loop = Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=1)
+    run = Run(str(tmp_path/"half"), Method(losers=Own(2, 2, 2, 2), link=Hinge(.001)), Data(size=64, places=1, take=2),
+              Base(str(folder), precision="fp16", sample_steps=2, options=options),
+              Judging(None, judges=("psnr_y",), eval_m=1, show=1), loop, rank=4, batch=2, patch=64)
+    out = align(run)
+    single = align(replace(run, out=str(tmp_path/"single"), base=replace(run.base, precision="no")))
+    logs = [pd.read_parquet(o/"log.parquet") for o in (out, single)]
+    assert logs[0].loss_scale.tolist() == [2.**16]*2 and not logs[0].skipped.any()
+    for n in ("norm_w", "grad_norm"): assert (logs[0][n]/logs[1][n]-1).abs().max() < .05
+    assert {o.dtype for o in load_file(out/"adapter/adapter_model.safetensors").values()} == {torch.float32}
+    photo = embedded_photos("held_out")[0].id
+    images = EventAccumulator(str(out/"logs")).Reload().Images(f"held out/{photo}")
+    assert [(o.step, o.height, o.width) for o in images] == [(1, 64, 192), (2, 64, 192)]
+    load_adapter(load_backbone(folder, options, dtype=torch.float16), out/"adapter")
+    with pytest.raises(ValueError, match="in float16.*read as it was"):
+        load_adapter(load_backbone(folder, options), out/"adapter")
