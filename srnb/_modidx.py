@@ -259,6 +259,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.core.expect_fail.__init__': ('core.html#expect_fail.__init__', 'srnb/core.py'),
                            'srnb.core.generator': ('core.html#generator', 'srnb/core.py'),
                            'srnb.core.git_revision': ('core.html#git_revision', 'srnb/core.py'),
+                           'srnb.core.gpus': ('core.html#gpus', 'srnb/core.py'),
                            'srnb.core.in_words': ('core.html#in_words', 'srnb/core.py'),
                            'srnb.core.like_batch': ('core.html#like_batch', 'srnb/core.py'),
                            'srnb.core.open_run': ('core.html#open_run', 'srnb/core.py'),

@@ -1,4 +1,6 @@
 "What people expect of a trainer: trackers, pictures as it goes, half precision, versions in the records"
+import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -12,10 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from srnb.align import Method, Own, Run, align
 from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
-from srnb.core import generator, seed_of
+from srnb.core import generator, open_run, seed_of, write_table
 from srnb.data import embedded_photos
+from srnb.metrics import interval
+from srnb.nets import SmallUNet, UNetConfig
 from srnb.pairs import Hinge
-from srnb.policies import load_adapter
+from srnb.policies import Policy, load_adapter, save_pretrained
+from srnb.release import write_card
 from srnb.runs import Base, Data, Judging
 from srnb.training import Loop, fit, log_pictures
 
@@ -81,6 +86,24 @@ def test_half_precision_learns_the_same(tmp_path):
     "Where nothing overflows, a scale that is a power of two changes no bit"
     half, single = (fit(*toy(o), LOOP, tmp_path/str(o))[0] for o in (torch.float16, torch.float32))
     assert all(torch.equal(half[n], single[n]) for n in single)
+
+
+@pytest.mark.parametrize("cards,said", [(["H200"]*2+["L4"], "2 × H200, 1 × L4"), ([], "; no GPU\n")])
+def test_records_name_the_gpus(tmp_path, monkeypatch, cards, said):
+    "Versions, GPUs and processes are in a run's record, and a model's card prints them"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: cards[k])
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    out = open_run(tmp_path/"run", dict(seed=0))
+    config = json.loads((out/"config.json").read_text())
+    assert config["gpus"] == dict(Counter(cards)) and config["processes"] == 6
+    assert {"diffusers", "transformers", "peft", "accelerate"} <= set(config["versions"])
+    write_table(out/"metrics.parquet", pd.DataFrame(dict(image=["a", "b"], seed=0, metric="psnr_y", variant="after",
+                                                         value=[1., 2.])))
+    save_pretrained(Policy(SmallUNet(UNetConfig((16, 16), (1, 1), 16, 16, 1))), tmp_path/"policy")
+    write_card(tmp_path/"policy", out, interval, "owner/name", "cc0-1.0", "photographs", "much", against=None)
+    assert said in (tmp_path/"policy/README.md").read_text()
 
 
 @pytest.fixture(scope="module")
