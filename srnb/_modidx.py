@@ -655,6 +655,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.policies._add_lora': ('policies.html#_add_lora', 'srnb/policies.py'),
                                'srnb.policies._below': ('policies.html#_below', 'srnb/policies.py'),
                                'srnb.policies._check_base': ('policies.html#_check_base', 'srnb/policies.py'),
+                               'srnb.policies._foreign': ('policies.html#_foreign', 'srnb/policies.py'),
                                'srnb.policies._names': ('policies.html#_names', 'srnb/policies.py'),
                                'srnb.policies._peft': ('policies.html#_peft', 'srnb/policies.py'),
                                'srnb.policies._reference': ('policies.html#_reference', 'srnb/policies.py'),

@@ -297,7 +297,8 @@ class Texts:
             else: missing.append((p, i))
         if not missing: return
         if self.encoder is None:
-            raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
+            raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders: "
+                             "give all prompts when the backbone is loaded")
         for (p, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
             if self.folder:

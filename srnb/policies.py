@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -453,6 +453,19 @@ def save_adapter(
     _write_adapter(policy, folder, name, dict(fingerprint=base_print(policy), below=_below(policy, name)))
     return folder
 
+def _foreign(path:Path)->str|None: # which LoRA of another tool this is, and what to do with it; None: it is none
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as f: names = [n for n in f.keys() if "lora" in n]
+        except (SafetensorError, OSError): continue
+        if not names: continue
+        kohya = any(n.startswith(("lora_unet", "lora_te", "lora_transformer")) or "lora_down" in n for n in names)
+        text = any(n.startswith(("text_encoder", "lora_te")) for n in names)
+        layout = ("kohya's layout" if kohya else "diffusers' layout") + ", also for text encoders"*text
+        return (f"{file} is a LoRA in {layout}, and adapters here are folders in PEFT's layout: put it into a pipeline "
+                "of diffusers (load_lora_weights, fuse_lora, save_pretrained) and give that folder as backbone; one "
+                "that reads pictures as tokens of its own (OminiControl) runs in its own pipeline alone")
+
 def base_of(
     folder:str|Path, # of an adapter, or of the run that trained it
 )->tuple[Path, str|None]:
@@ -461,6 +474,7 @@ def base_of(
     if (folder/"adapter"/"adapter_config.json").is_file(): folder = folder/"adapter"
     for n in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder/n).is_file():
+            if foreign := _foreign(folder): raise ValueError(foreign)
             raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote, or that of "
                                     "a run")
     return folder, json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -501,7 +515,9 @@ def load_adapter(
             warnings.simplefilter("ignore") # missing weights are an error below
             if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
             else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
-    except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{folder} does not fit this network: it was trained on {base or 'another base'}, load it "
+                         f"onto that ({e})") from e
     for path, layer in layers_of(policy.net): # a copy of a part is trained, and written, in float32
         if hasattr(layer, "original_module") and name in layer.modules_to_save:
             own = {k.removeprefix(f"{path}."): v for k, v in saved.items() if k.startswith(f"{path}.")}

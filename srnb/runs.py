@@ -54,7 +54,8 @@ def prompts_of(
     if ids is None: return prompts
     found = {i: prompts.get(i, prompts.get(i.rsplit("-", 1)[0])) for i in ids}
     if lost := [i for i, p in found.items() if p is None]:
-        raise ValueError(f"prompts: {file} has none for {lost[0]} ({len(lost)} of {len(ids)} are missing)")
+        raise ValueError(f"prompts: {file} has none for {lost[0]} ({len(lost)} of {len(ids)} are missing): "
+                         "add them, as an empty string where there is nothing to say")
     return found
 
 @dataclass(frozen=True)

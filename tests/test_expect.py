@@ -6,11 +6,14 @@ from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pandas as pd
+import peft
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from transformers import CLIPTextModel
 
 from srnb.align import Method, Own, Run, align
 from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
@@ -104,6 +107,38 @@ def test_records_name_the_gpus(tmp_path, monkeypatch, cards, said):
     save_pretrained(Policy(SmallUNet(UNetConfig((16, 16), (1, 1), 16, 16, 1))), tmp_path/"policy")
     write_card(tmp_path/"policy", out, interval, "owner/name", "cc0-1.0", "photographs", "much", against=None)
     assert said in (tmp_path/"policy/README.md").read_text()
+
+
+@pytest.mark.parametrize("names,said", [
+    (["lora_unet_down_blocks_0.lora_down.weight", "lora_te_text_model.lora_up.weight"],
+     "kohya's layout, also for text encoders"),
+    (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "kohya's layout, and"),
+    (["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"],
+     "diffusers' layout, also for text encoders"),
+    (["transformer.x_embedder.lora_A.weight", "transformer.x_embedder.lora_B.weight"], "diffusers' layout, and")])
+def test_foreign_adapters(sd, tmp_path, names, said):
+    "As a file and as a folder: what it is, what the rule is, what to do; nothing is changed"
+    folder, options = sd
+    policy = load_backbone(folder, options)
+    (tmp_path/"lora").mkdir()
+    save_file({n: torch.zeros(2, 2) for n in names}, tmp_path/"lora/my.safetensors")
+    for place in (tmp_path/"lora", tmp_path/"lora/my.safetensors"):
+        with pytest.raises(ValueError, match=f"my.safetensors is a LoRA in {said}.*fuse_lora.*as backbone.*Omini"):
+            load_adapter(policy, place)
+    assert not policy.adapters
+    save_file(dict(weight=torch.zeros(2)), tmp_path/"lora/my.safetensors")
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"): load_adapter(policy, tmp_path/"lora")
+
+
+def test_an_adapter_of_another_model(sd, tmp_path):
+    "PEFT's own folder of a text encoder's adapter: the network and the base that it names are said"
+    folder, options = sd
+    encoder = CLIPTextModel.from_pretrained(folder/"text_encoder")
+    encoder = peft.get_peft_model(encoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    encoder.peft_config["default"].base_model_name_or_path = "openai/clip"
+    encoder.save_pretrained(tmp_path/"adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="adapter does not fit this network: it was trained on openai/clip, load it"):
+        load_adapter(load_backbone(folder, options), tmp_path/"adapter")
 
 
 @pytest.fixture(scope="module")
