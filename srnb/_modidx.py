@@ -863,6 +863,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training._prepared': ('training.html#_prepared', 'srnb/training.py'),
                                'srnb.training._save': ('training.html#_save', 'srnb/training.py'),
                                'srnb.training._whole': ('training.html#_whole', 'srnb/training.py'),
+                               'srnb.training.check_shared': ('training.html#check_shared', 'srnb/training.py'),
                                'srnb.training.ema_decay': ('training.html#ema_decay', 'srnb/training.py'),
                                'srnb.training.fit': ('training.html#fit', 'srnb/training.py'),
                                'srnb.training.in_pieces': ('training.html#in_pieces', 'srnb/training.py'),

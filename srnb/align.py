@@ -35,7 +35,7 @@ from .rewards import GroupMinMax, check_available
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
-from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
+from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/42_align.ipynb #42-align-006
 class Work:
@@ -457,6 +457,7 @@ def align(
     loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
     method, out, state = run.method, Path(run.out), processes(*loops)
     work = claim(run, state)
+    check_shared(out)
     if work is None: return out
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:

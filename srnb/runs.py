@@ -37,7 +37,7 @@ from .policies import (Policy, check_policy, from_pretrained, policy_folder, sav
                            usual_dtype)
 from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma, score_group
 from .spectral import radial_psd
-from .training import Loop, fit, in_pieces, processes, put
+from .training import Loop, check_shared, fit, in_pieces, processes, put
 
 # %% ../nbs/41_runs.ipynb #41-runs-006
 def prompts_of(
@@ -248,6 +248,7 @@ def claimed(
     "Inside, nobody else is in this folder; who dies leaves it free. RunOccupied if it holds something else"
     state = processes()
     with state.main_process_first(): open_run(folder, note)
+    check_shared(folder)
     with FileLock(folder/".lock") if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield state

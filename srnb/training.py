@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wsd', 'ema_decay', 'Loop', 'optimiser_of', 'processes', 'refuse_fsdp', 'in_pieces', 'put', 'latest_checkpoint',
-           'State', 'log_pictures', 'fit']
+           'check_shared', 'State', 'log_pictures', 'fit']
 
 # %% ../nbs/40_training.ipynb #40-training-004
 import math
@@ -152,6 +152,16 @@ def latest_checkpoint(folder:Path)->Path|None:
 def _gathered(items:list)->list: # of all processes, one after the other; all must ask
     from accelerate.utils import gather_object
     return gather_object(items)
+
+def check_shared(
+    folder:Path, # of a run, in which the first process has written config.json
+)->None:         # all must ask
+    "Raise in every process unless all of them see one and the same folder"
+    file = folder/"config.json"
+    seen = _gathered([file.stat().st_mtime_ns if file.exists() else None])
+    if len(set(seen)) > 1:
+        raise ValueError(f"the {len(seen)} processes of this run do not see the same {folder}: give a folder that all "
+                         "machines share, under the same path")
 
 class State:
     "Where a run is: what a checkpoint holds beside the optimiser"

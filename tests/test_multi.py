@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -27,6 +28,7 @@ from srnb.runs import Base, Data, Judging
 from srnb.spectral import SobolevEnergy
 from srnb.training import Loop
 
+ROOT = Path(__file__).resolve().parent.parent
 slow = pytest.mark.slow # the launcher itself, and a transformer, whose pieces are slow to exchange
 LOOP = Loop(steps=3, parts=2, log_every=2, save_every=2, keep_every=1, lr=1e-3, warmup=1)
 SHARED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
@@ -189,3 +191,30 @@ def test_torchrun(runs, tmp_path, dp2o):
     done = subprocess.run([sys.executable, *cmd, str(tmp_path/"c.json")], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     same_result(runs("dp2o")[0], out)
+
+
+def machines(tmp_path, places, config)->list: # of two launchers that have ended
+    "Accelerate's launcher, once for each of two machines, which work in folders of their own"
+    both = []
+    for rank, place in enumerate(places):
+        place.mkdir()
+        ddp = str(ROOT/"nbs/accelerate/ddp.yaml")
+        cmd = ["-m", "accelerate.commands.launch", "--config_file", ddp, "--num_machines", "2", "--num_processes", "2",
+               "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", config["port"],
+               "-m", "srnb.train", config["file"]]
+        both.append(subprocess.Popen([sys.executable, *cmd], cwd=place, stdout=subprocess.PIPE, text=True,
+                                     stderr=subprocess.STDOUT, env=os.environ | dict(ACCELERATE_USE_CPU="true")))
+    return [(o.communicate()[0], o.returncode) for o in both]
+
+
+@slow
+def test_two_machines(runs, tmp_path, dp2o):
+    "notes_nodes.ipynb: a launcher on each machine, one folder; with a folder each, both say what is wrong"
+    config = dict(file=str(tmp_path/"c.json"), port=free_port())
+    (tmp_path/"c.json").write_text(json.dumps(said(dp2o, tmp_path/"out")))
+    done = machines(tmp_path, (tmp_path/"a", tmp_path/"b"), config)
+    assert [code for _, code in done] == [0, 0], done
+    same_result(runs("dp2o")[0], tmp_path/"out")
+    (tmp_path/"c.json").write_text(json.dumps(said(dp2o, "out"))) # each sees its own
+    done = machines(tmp_path, (tmp_path/"c", tmp_path/"d"), config | dict(port=free_port()))
+    assert all(code and "do not see the same out: give a folder that all machines share" in text for text, code in done)
