@@ -253,19 +253,19 @@ class PatchPool:
     def __init__(self,
         photos:Sequence[Photo],             # none may be held out
         degradation:Degradation|Callable,   # settings, or a function (gt, generator, scale) -> lq
-        versions:int=8,                     # degraded copies of each photograph; a ready pair has one
+        versions:int=8,                     # degraded copies of each photograph; 0: every patch is degraded anew
         max_side:int|None=None,             # pixels; larger photographs are downscaled, ready pairs stay as they are
         scale:int=4,                        # side of gt over side of lq
         held_out:Sequence[Photo]|None=None, # what must stay out; None: the embedded held-out photographs
     ):
         if not photos: raise ValueError("a pool needs at least one photograph, got none")
-        if versions < 1: raise ValueError(f"versions must be at least 1, got {versions}")
+        if versions < 0: raise ValueError(f"versions must be at least 0, got {versions}")
         for p in photos:
             if p.split == "held_out":
                 raise ValueError(f"photograph {p.id!r} is held out and must not enter training; "
                                  "pass training photographs")
         check_disjoint(photos, embedded_photos("held_out") if held_out is None else held_out)
-        self.ids, self.scale, self.gt, self.lq = [p.id for p in photos], scale, [], []
+        self.ids, self.scale, self.degradation, self.gt, self.lq = [p.id for p in photos], scale, degradation, [], []
         for p in progress(photos, "photographs degraded"):
             image = p.read() if p.lq else shrink(p.read(), max_side)
             if min(image.shape[1:]) < 32:
@@ -279,7 +279,7 @@ class PatchPool:
                 lq = [degrade(gt, degradation, generator(seed_of(p.sha256, degradation_name(degradation), k)), scale)
                       for k in range(versions)]
             self.gt.append(to_bytes(gt))
-            self.lq.append(to_bytes(torch.stack(lq)))
+            self.lq.append(to_bytes(torch.stack(lq)) if lq else gt.new_empty(0, dtype=torch.uint8))
         self.area = list(accumulate(o.shape[1]*o.shape[2] for o in self.gt))
         self.smallest = min(range(len(self.gt)), key=lambda i: min(self.gt[i].shape[1:]))
 
@@ -288,11 +288,11 @@ class PatchPool:
     @property
     def nbytes(self)->int: return sum(o.numel() for o in self.gt+self.lq)
 
-    def batch(self,
+    def patches(self,
         n:int,               # patches
         patch:int,           # side of gt in pixels, a multiple of `scale`
-        generator:Generator, # on the CPU; moves on by one draw
-    )->tuple[Tensor, Tensor]: # lq (n,3,p/scale,p/scale), gt (n,3,p,p), [0, 1], 8-bit values
+        draws:Generator,     # on the CPU; moves on by one draw
+    )->tuple[Tensor, Tensor, list[str]]: # lq (n,3,p/scale,p/scale), gt (n,3,p,p), [0, 1], 8 bit; ids of photographs
         "Random patches, flipped and turned alike; larger photographs are drawn more often"
         q, s, small = patch//self.scale, self.scale, self.smallest
         if n < 1 or patch < s or patch % s:
@@ -301,14 +301,27 @@ class PatchPool:
             H, W = self.gt[small].shape[1:]
             raise ValueError(f"photograph {self.ids[small]!r} has {H}×{W} pixels in the pool, less than a patch of "
                              f"{patch}; use smaller patches or leave it out")
-        lqs, gts = [], []
-        for u, v, a, b, t in torch.rand(n, 5, generator=generator, dtype=torch.float64).tolist():
+        lqs, gts, ids = [], [], []
+        for u, v, a, b, t in torch.rand(n, 5, generator=draws, dtype=torch.float64).tolist():
             i = bisect(self.area, u*self.area[-1])
-            gt, lq = self.gt[i], self.lq[i][int(v*len(self.lq[i]))]
-            y, x, turn = int(a*(lq.shape[1]-q+1)), int(b*(lq.shape[2]-q+1)), int(t*8)
-            lqs.append(_turned(lq[:, y:y+q, x:x+q], turn))
-            gts.append(_turned(gt[:, y*s:y*s+patch, x*s:x*s+patch], turn))
-        return tuple(torch.stack(o).float().div_(255) for o in (lqs, gts))
+            whole, versions = self.gt[i], self.lq[i]
+            h, w = (o//s for o in whole.shape[1:])
+            y, x, turn = int(a*(h-q+1)), int(b*(w-q+1)), int(t*8)
+            gt = _turned(whole[:, y*s:y*s+patch, x*s:x*s+patch], turn)
+            if len(versions): lq = _turned(versions[int(v*len(versions))][:, y:y+q, x:x+q], turn)
+            else: lq = to_bytes(degrade(gt.float()/255, self.degradation, generator(seed_of("patch", v)), s))
+            lqs.append(lq)
+            gts.append(gt)
+            ids.append(self.ids[i])
+        return *(torch.stack(o).float().div_(255) for o in (lqs, gts)), ids
+
+    def batch(self,
+        n:int,               # as in `patches`
+        patch:int,
+        draws:Generator,
+    )->tuple[Tensor, Tensor]: # lq and gt
+        "Random patches whose photographs do not matter"
+        return self.patches(n, patch, draws)[:2]
 
 # %% ../nbs/04_data.ipynb #04-data-061
 def same_stem(stem:str)->str:

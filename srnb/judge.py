@@ -14,12 +14,17 @@ import pandas as pd
 import torch
 
 from .config import own_files, record
-from .core import check_images, open_run, progress, seed_of, write_json, write_table
+from .core import check_images, generator, open_run, progress, seed_of, write_json, write_table
 from .data import make_pair
 from .degrade import Degradation
 from .rewards import Metric, check_available, score_group
 
 # %% ../nbs/52_judge.ipynb #52-judge-005
+def _check_answers(name:str, model:Callable)->None: # raise unless a model depends on its input
+    a, b = torch.rand((2, 1, 3, 32, 32), generator=generator(0))
+    with torch.no_grad(): same = torch.equal(model(a), model(b))
+    if same: raise ValueError(f"{name} makes the same of two images: it does not read its input; leave it out")
+
 def compare_upscalers(
     out_dir:str|Path,             # the comparison's folder
     models:dict[str, Callable],   # name -> (1,3,h,w) to (1,3,4h,4w), [0, 1]
@@ -31,6 +36,7 @@ def compare_upscalers(
 )->pd.DataFrame:                  # image, seed, metric, variant (model), value; `cpu_s_per_mp` is process time
     "Every model on every photograph"
     check_available(metrics, (256, 256))
+    for name, model in models.items(): _check_answers(name, model)
     threads, weights, tables = torch.get_num_threads(), weights or {}, []
     photographs = {p.id: p.sha256[:16] for p in photos}
     out = open_run(out_dir, dict(photos=photographs, degradation=record(degradation), metrics=[m.name for m in metrics],

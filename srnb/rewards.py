@@ -6,9 +6,9 @@
 __all__ = ['Scorer', 'PSNR_Y', 'SSIM_Y', 'LSD', 'ST_LPIPS_ALEX', 'ST_LPIPS_VGG', 'LPIPS_ALEX', 'LPIPS_VGG', 'CVVDP', 'PIQE',
            'GMSD', 'NLPD', 'MS_SSIM', 'FSIM', 'VSI', 'VIF', 'DP2O', 'OFFLINE', 'OFFLINE_FR', 'OFFLINE_NR', 'LADDER',
            'luma', 'psnr_y', 'ssim_y', 'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric', 'scorer_of',
-           'check_available', 'check_scores', 'score', 'score_group', 'deep_loss', 'st_lpips_loss', 'pyiqa_metric',
-           'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table',
-           'check_ladder', 'pair_agreement']
+           'park_scorers', 'drop_scorers', 'check_available', 'check_scores', 'score', 'score_group', 'deep_loss',
+           'st_lpips_loss', 'pyiqa_metric', 'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid',
+           'ladder_images', 'ladder_table', 'check_ladder', 'pair_agreement']
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-004
 import contextlib
@@ -22,6 +22,7 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,20 @@ def scorer_of(
             f"{_short(torch.hub.get_dir())} and the Hugging Face cache (delete a damaged file there); "
             "without them use the reward preset `offline`") from e
 
+_MOVED = weakref.WeakSet() # models of scorers
+
+def _at(model:torch.nn.Module, images:Tensor)->torch.nn.Module: # on the images' device
+    _MOVED.add(model)
+    with torch.inference_mode(False): return model.to(images.device) # weights that are moved stay ordinary tensors
+
+def park_scorers()->None:
+    "Take the models of all metrics off the device; each comes back when it scores"
+    for model in _MOVED: model.to("cpu")
+
+def drop_scorers()->None:
+    "Let go of the models of all metrics; each is built again when it scores"
+    scorer_of.cache_clear()
+
 def _short(path:str)->str: return str(path).replace(str(Path.home()), "~")
 
 def _pip_name(module:str)->str: # the distribution that holds a module, where the names differ
@@ -190,13 +205,14 @@ def _pip_name(module:str)->str: # the distribution that holds a module, where th
 def check_available(
     metrics:Iterable[Metric],
     size:tuple[int, int]|None=None, # (H, W) of images to come: each metric scores a grey ramp of it; None: none does
+    device:str|torch.device="cpu",  # that will score them
 )->None:
     "Build every metric before any work is done: MetricUnavailable if one is missing, ValueError if `size` breaks one"
     for m in metrics:
         scorer_of(m)
         if size is not None:
             ramp = quantize(torch.linspace(0, 1, size[0]*size[1]).view(1, 1, *size).expand(1, 3, -1, -1))
-            try: score(m, ramp, ramp[0])
+            try: score(m, ramp, ramp[0], device)
             except Exception as e: raise ValueError(f"{m.name} cannot score images of {tuple(size)}: {e}") from e
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-028
@@ -222,6 +238,7 @@ def score(
     metric:Metric,
     sr:Tensor,            # (M,3,H,W), [0, 1], candidates of one input
     gt:Tensor|None=None,  # (3,H,W), [0, 1]; needed by full-reference metrics
+    device:str|torch.device="cpu", # that computes; the metric's model goes there
 )->Tensor:                # (M,) float64 on the CPU, raw: see `metric.higher_better`
     "Raw scores of one group by one metric"
     check_images(sr, "sr")
@@ -230,7 +247,8 @@ def score(
             raise ValueError(f"{metric.name} compares with the ground truth: give gt, or use a no-reference metric")
         check_images(gt[None], "gt")
         if gt.shape != sr.shape[1:]: raise ValueError(f"sr {tuple(sr.shape)} and gt {tuple(gt.shape)} differ in size")
-    with torch.inference_mode(): values = scorer_of(metric)(sr, gt if metric.kind == "fr" else None)
+    gt = gt.to(device) if metric.kind == "fr" else None
+    with torch.inference_mode(): values = scorer_of(metric)(sr.to(device), gt)
     if values.shape != sr.shape[:1]:
         raise ValueError(f"{metric.name}: {tuple(values.shape)} scores for {len(sr)} candidates")
     return check_scores(values, metric)
@@ -239,9 +257,10 @@ def score_group(
     metrics:Sequence[Metric],
     sr:Tensor,            # (M,3,H,W), [0, 1]
     gt:Tensor|None=None,  # (3,H,W), [0, 1]
-)->dict[str, Tensor]:     # name -> (M,) float64, raw
+    device:str|torch.device="cpu", # that computes
+)->dict[str, Tensor]:     # name -> (M,) float64 on the CPU, raw
     "Raw scores of one group by several metrics"
-    return {m.name: score(m, sr, gt) for m in metrics}
+    return {m.name: score(m, sr, gt, device) for m in metrics}
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-032
 def _deep_distance(
@@ -251,10 +270,9 @@ def _deep_distance(
     "Scorer of an LPIPS-shaped model that embeds the photograph once"
     model.eval().requires_grad_(False)
     def features(x):
-        maps = model.net(model.scaling_layer(2*x - 1))
+        maps = _at(model, x).net(model.scaling_layer(2*x - 1))
         return [f/(f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in maps]
     def scorer(sr, gt):
-        model.to(sr.device)
         ref = features(gt[None])
         def distance(part):
             diff = [(a-b).square() for a, b in zip(features(part), ref, strict=True)]
@@ -304,9 +322,12 @@ def st_lpips_loss(
 # %% ../nbs/20_rewards.ipynb #20-rewards-041
 def _cvvdp(display:str)->Scorer: # one image at a time: it pools a batch
     import pycvvdp
-    model = pycvvdp.cvvdp(display_name=display, heatmap=None, quiet=True)
+    @functools.cache # it is no module, and has its tables where it was made
+    def model(device): return pycvvdp.cvvdp(display_name=display, heatmap=None, quiet=True, device=device)
+    model(torch.device("cpu")) # what is missing is found now
     def scorer(sr, gt):
-        return torch.stack([model.predict(s, gt, dim_order="CHW")[0].reshape(()).double().cpu() for s in sr])
+        with _quiet(): at = model(sr.device)
+        return torch.stack([at.predict(s, gt, dim_order="CHW")[0].reshape(()).double() for s in sr])
     return scorer
 
 CVVDP = Metric("cvvdp_standard_4k", "fr", True, functools.partial(_cvvdp, "standard_4k"), "package cvvdp")
@@ -320,9 +341,11 @@ def _pyiqa(id:str, kind:str, higher_better:bool, batch:int)->Scorer:
     if theirs != (kind, higher_better):
         raise MetricMismatch(f"{id} is declared as {(kind, higher_better)} (kind, higher is better), "
                              f"pyiqa says {theirs}")
-    with _bounded_network(): model = pyiqa.create_metric(id)
+    # made on the CPU: one that pyiqa makes on a GPU, which would be the first for every process, cannot be moved again
+    with _bounded_network(): model = pyiqa.create_metric(id, device=torch.device("cpu"))
     def scorer(sr, gt):
-        def values(s): return model(s, None if gt is None else gt[None].expand_as(s)).reshape(len(s)).double().cpu()
+        _at(model, sr)
+        def values(s): return model(s, None if gt is None else gt[None].expand_as(s)).reshape(len(s)).double()
         return torch.cat([values(s) for s in sr.split(batch)])
     return scorer
 

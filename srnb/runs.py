@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import BackboneOptions, is_backbone, load_backbone
+from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
-from .core import bicubic, open_run, seed_of, write_table
+from .core import bicubic, open_run, seed_of, to_bytes, write_table
 from .curation import Group, read_group, score_bank, score_table
 from .data import check_disjoint, embedded_photos, find_photos, make_pair, split_photos
 from .degrade import RESSHIFT_TEST, Degradation
@@ -35,7 +36,7 @@ from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .policies import (Policy, check_policy, from_pretrained, policy_folder, save_adapter, save_pretrained,
                            usual_dtype)
-from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma, score_group
+from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma
 from .spectral import radial_psd
 from .training import Loop, check_shared, fit, in_pieces, processes, put
 
@@ -128,10 +129,10 @@ def inputs_of(
     stride:int,              # all of them as in `photo_sets`
     name:str|None,
     policy:Policy|None=None,
-)->tuple[list, list]:        # crops and probes, (id, lq, gt) each
+)->tuple[list, list]:        # crops and probes, (id, lq, gt) each, 8 bit
     "What a run looks at"
     train, test = photo_sets(data, stride, name, policy)
-    def pair(p, k=0): return make_pair(p, data.size, data.degradation, place=k)
+    def pair(p, k=0): return map(to_bytes, make_pair(p, data.size, data.degradation, place=k))
     crops = [(f"{p.id}-{k}", *pair(p, k)) for p in train for k in range(data.places)]
     return crops, [(p.id, *pair(p)) for p in test]
 
@@ -159,8 +160,11 @@ class Base(Checked):
     sampler:Literal["own", *SAMPLERS] = "own" # own: the policy's
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
+    sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
+    colour:Colour = Colour()   # of samples, before they are scored or shown
     def check(self):
         self.at_least(1, "sample_steps")
+        self.at_least(0, "sample_batch")
         settle(self)
         if own_file(self.backbone): from_file(self.backbone, "Base.backbone")
         elif not is_backbone(self.backbone): check_policy(self.backbone, "Base.backbone")
@@ -203,16 +207,19 @@ def policy_of(
     base:Base,
     prompts:str|None=None, # JSON file, for a backbone that reads text
     device:str|torch.device="cpu",
+    texts:str|Path|None=None, # folder to read encoded prompts from, where `base.options` names none
 )->Policy:                 # without adapters
     "The base that a config names: a small policy, or a backbone with its prompts encoded"
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        return load_backbone(base.backbone, base.options, path, dtype, device, told)
-    if base.options != BackboneOptions():
-        raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
-    policy = small_policy(base.backbone, "Base.backbone", dtype)
-    policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # policy and reference are one function
+        policy = load_backbone(base.backbone, base.options, path, dtype, device, told, texts)
+    else:
+        if base.options != BackboneOptions():
+            raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
+        policy = small_policy(base.backbone, "Base.backbone", dtype)
+        policy.net, policy.path = policy.net.to(device).eval(), path or policy.path # with its reference one function
+    policy.batch = base.sample_batch
     return policy
 
 def freed()->None:
@@ -301,7 +308,7 @@ def whole_again(
 def kept_drifts(
     folder:Path,        # of a finished stage that kept copies
     policy:Policy,      # its adapter is left at the last copy
-    groups:list[Group], # with the photographs in place of samples
+    groups:Sequence[Group], # with the photographs in place of samples
     patch:int,          # pixels
     target:float,       # a drift; 0: the last copy is chosen
 )->pd.DataFrame:        # step, drift in the square of the prediction's unit, chosen: nearest to the target
@@ -323,13 +330,13 @@ def kept_drifts(
 @dataclass(frozen=True)
 class Judging(Checked):
     "What ranks candidates, and what judges the result"
-    reward:Reward|None = OFFLINE # ranks the candidates; its scale is frozen on them; None: metrics alone
-    m:int = 8                    # samples of a training crop, if a reward or a choice needs them
+    reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
+    m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
     show:int = 0                 # held-out photographs whose samples go to the tracker at every checkpoint
     def check(self):
-        self.at_least(1, "m", "eval_m")
+        self.at_least(1, "eval_m", *(["m"] if self.m is not None else []))
         self.at_least(0, "show")
         if self.reward is None and not self.judges: raise ValueError("Judging.judges must name at least one metric")
         known = {}
@@ -347,11 +354,12 @@ def evaluate(
     ids:list[str],            # held-out photographs
     metrics:Sequence[Metric], # including the reward's
     reward:Reward|None=None,  # None: metrics alone
-    bounds:GlobalBounds|None=None, # frozen on the training bank: one scale for all variants
+    bounds:GlobalBounds|None=None, # frozen on samples from before: one scale for all variants
     scale:float=1.,           # of the codec, for `moved`
     mean:bool=False,          # also judge the pixel-wise mean of the first bank's samples
+    device:str|torch.device="cpu", # that computes the metrics
 )->pd.DataFrame:              # image, seed, metric, variant, value; `seed` counts the candidates, bicubic has seed 0
-    "Reward and metrics of every held-out candidate, and of the bicubic enlargement"
+    "Reward and metrics of every held-out candidate, and of the bicubic enlargement; scored by all that call this"
     rows, first = [], next(iter(banks.values()))
     def add(image, variant, values): # of the candidates, by metric
         if reward: values = dict(values, reward=hybrid(values, reward, bounds))
@@ -359,16 +367,17 @@ def evaluate(
             for seed, value in enumerate(v.tolist()):
                 rows.append(dict(image=image, seed=seed, metric=metric, variant=variant, value=value))
     for variant, bank in banks.items():
-        scores = score_bank(bank, metrics)
+        scores = score_bank(bank, metrics, device)
         for i in ids:
             sr, values = read_group(bank, i).sr, {m.name: score_table(scores, m.name, [i])[0] for m in metrics}
             if len(banks) > 1: values["moved"] = (sr-read_group(first, i).sr).div(scale).square().mean((1, 2, 3))
             values["spread"] = 255*sr.var(0, unbiased=len(sr) > 1).mean().sqrt().double()[None]
             add(i, variant, values)
-    for i in ids:
-        group = read_group(first, i)
-        add(i, "bicubic", score_group(metrics, bicubic(group.lq[None], group.gt.shape[-2:]), group.gt))
-        if mean: add(i, "mean", score_group(metrics, group.sr.mean(0, keepdim=True), group.gt))
+    others = dict(bicubic=lambda group: bicubic(group.lq[None], group.gt.shape[-2:]))
+    if mean: others["mean"] = lambda group: group.sr.mean(0, keepdim=True)
+    for variant, of in others.items():
+        scores = score_bank(first, metrics, device, of, variant)
+        for i in ids: add(i, variant, {m.name: score_table(scores, m.name, [i])[0] for m in metrics})
     return pd.DataFrame(rows)
 
 def spectra(

@@ -1,8 +1,10 @@
 "Four choices, one run: fresh and stale losers, pairs by hand, every combination, killed and resumed, bad input"
+import gc
 import json
 import math
 import random
 import signal
+import weakref
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import get_args
@@ -17,8 +19,9 @@ from safetensors.torch import load_file
 import srnb.align
 import srnb.pairs
 import srnb.train
+from srnb import rewards
 from srnb.align import (Adversary, Bottom, Expert, Given, Made, Method, Nobody, Own, Photograph, Riesz, Run, Samples,
-                        Top, align, cost)
+                        Top, Work, align, cost)
 from srnb.config import fill, record
 from srnb.core import RunOccupied, generator, read_run, run_done
 from srnb.curation import Group, finished_groups, read_group
@@ -26,7 +29,8 @@ from srnb.data import embedded_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST
 from srnb.pairs import Draw, Hinge, Logistic, OnlineDraw, draw_loss, split_backward
 from srnb.policies import Policy, from_pretrained
-from srnb.runs import Base, Data, Judging
+from srnb.rewards import Metric, Reward
+from srnb.runs import Base, Data, Judging, policy_of
 from srnb.spectral import SobolevEnergy, l2_energy
 from srnb.training import Loop, latest_checkpoint
 
@@ -209,6 +213,50 @@ def test_the_bank_is_the_bases(config, tmp_path, drawn):
     assert len(drawn) == 6
     align(replace(run, out=str(tmp_path/"b"))) # the same bank, which says of which policy it is
     assert len(drawn) == 8
+
+
+def test_the_batch_that_fits_is_kept_for_the_rest_of_a_run(config, tmp_path):
+    "The base has what its config says; what was halved since stays so when the base is read again"
+    run = fill(config, dict(out=str(tmp_path/"run"), sample_batch=3))
+    work = Work(run, policy_of(run.base), [], [])
+    assert work.policy.batch == 3
+    work.policy.batch = 1
+    work.renew()
+    assert work.policy.batch == 1
+
+
+def test_every_candidate_is_scored_once_by_models_that_are_gone_while_training(config, tmp_path, monkeypatch):
+    """Under each metric: the bank, both ends, the enlarged inputs. A model is made once before training and once after
+    it, computes where the policy does, and is off the device while the bank is drawn"""
+    seen, models, fit, parked = {"a": [], "b": []}, [], srnb.align.fit, []
+    class Model(torch.nn.Linear):
+        def to(self, device):
+            self.at = torch.device(device)
+            return self
+    def metric(name):
+        def build():
+            model = Model(1, 1)
+            models.append(weakref.ref(model))
+            def scorer(sr, gt):
+                assert rewards._at(model, sr).at == policy_of(config.base).device
+                seen[name] += sr.unbind()
+                return sr.mean((1, 2, 3)).double()
+            return scorer
+        return Metric(name, "nr", True, build)
+    def trained(*args):
+        gc.collect()
+        assert len(models) == 2 and not any(o() for o in models)
+        return fit(*args)
+    monkeypatch.setattr(srnb.align, "park_scorers", lambda: parked.append(len(models)) or rewards.park_scorers())
+    monkeypatch.setattr(srnb.align, "fit", trained)
+    a, b = metric("a"), metric("b")
+    judging = Judging(Reward("both", nr=(a, b)), m=4, judges=(b,), eval_m=2)
+    method = Method(winners=Top(1), losers=Bottom(), link=Logistic(10.))
+    rewards.drop_scorers()
+    align(replace(config, out=str(tmp_path/"run"), method=method, judging=judging))
+    assert len(models) == 4 and parked == [2]
+    ramp, crops, photographs = 1, 2, 2
+    for images in seen.values(): assert len(images) == ramp + crops*4 + photographs*(2+2+1)
 
 
 def test_safeguard_and_no_drift(config, tmp_path):

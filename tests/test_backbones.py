@@ -1,8 +1,10 @@
 "Every kind of random pipeline goes through every kind of step and run; errors come before work is lost"
 import gc
+import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,9 @@ from diffusers import (ControlNetModel, FluxControlNetModel, FluxControlNetPipel
                        StableDiffusionXLControlNetPipeline)
 from huggingface_hub.errors import (GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError,
                                     RevisionNotFoundError)
+from safetensors.torch import load_file, save_file
 
+from srnb import backbones
 from srnb.align import DP2O, Run, Top, Work, align
 from srnb.backbones import (NEGATIVE, BackboneError, BackboneOptions, _reading, is_backbone, load_backbone, pack,
                             unpack, write_tiny, write_tiny_control)
@@ -31,7 +35,7 @@ from srnb.plan import DoesNotFit
 from srnb.policies import load_adapter, save_adapter, text_ids
 from srnb.runs import Base, Data, Judging, dtype_of
 from srnb.spectral import SobolevEnergy
-from srnb.training import Loop, fit
+from srnb.training import Loop, fit, put
 
 KINDS = ("sd", "sdxl", "flux")
 CONTROLLED = dict(sd=(StableDiffusionControlNetPipeline, ControlNetModel),
@@ -118,11 +122,12 @@ def test_every_gradient(folders, kind):
     assert {id(p) for p in named.values()} == {id(p) for p in params} and len(named) > 50
 
 
-def test_learns(folders):
+def test_learns(folders, tmp_path):
     "Winners and losers in the right places: white wins, black loses, and steps move the margin up"
     def filled(value, *shape): return [torch.full(shape, value, dtype=torch.uint8)]
     white = Pairs(filled(128, 3, 16, 16), filled(255, 2, 3, 64, 64), filled(0, 2, 3, 64, 64), torch.ones(1, 2, 2))
     policy = backbone(folders, "flux")
+    policy.keep(tmp_path)
     opt = torch.optim.Adam(policy.add_lora(8), 3e-3)
     loss = draw_loss(of(white, policy), policy, Logistic(50.))
     for k in range(12):
@@ -131,7 +136,7 @@ def test_learns(folders):
         values.mean().backward()
         opt.step()
     assert logs["gap_w"] < logs["gap_l"] and values.mean() < math.log(2)
-    assert len(white.latents) == 1 # the candidates were encoded once
+    assert len(list((tmp_path/"latents").iterdir())) == 2 # two white ones, two black ones
 
 
 def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_path):
@@ -226,7 +231,8 @@ def response(code): return httpx.Response(code, request=httpx.Request("GET", "ht
 
 @pytest.mark.parametrize("error,message", [
     (GatedRepoError("gated", response=response(403)), "owner/name is gated: accept its licence"),
-    (RepositoryNotFoundError("no", response=response(404)), "no owner/name on the Hub.*check the name"),
+    (RepositoryNotFoundError("no", response=response(404)),
+     "no owner/name on the Hub.*copy under another owner.*sd2-community.*local folder"),
     (RevisionNotFoundError("no", response=response(404)), "owner/name has no revision 'v9': give a branch"),
     (LocalEntryNotFoundError("offline"), "owner/name@v9: unet cannot be downloaded.*check the network"),
     (OSError("no file named model.safetensors"), "owner/name@v9: unet is missing or damaged")])
@@ -394,7 +400,7 @@ def test_eight_bits(tmp_path):
 
 def test_refused(folders, tmp_path):
     with pytest.raises(ValueError, match="path of pixels"): load_backbone(folders["sd"], path=Shift())
-    tiny = dict(backbone=str(folders["sd"]), patch=64, size=64)
+    tiny = dict(backbone=str(folders["sd"]), control=str(folders["sd-control"]), patch=64, size=64)
     for name, change, named in (("a", dict(guidance=2.), "small"), ("b", tiny | dict(size=72), "size.*16.*72"),
                                 ("c", tiny | dict(patch=56), "patch.*16.*56")):
         run = fill(Run(str(tmp_path/name), DP2O), change)
@@ -410,3 +416,90 @@ def test_v_prediction(folders, tmp_path):
     a, b = (load_backbone(write_tiny("sd", tmp_path/p, prediction=p)) for p in ("epsilon", "v_prediction"))
     lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
     assert type(b.path).__name__ == "SDV" and (a.sample(lq, [0], 3)-b.sample(lq, [0], 3)).abs().max() > .02
+
+
+def test_fingerprint_by_files(folders, tmp_path, monkeypatch):
+    "A second start hashes no weight of the base and reads no file; what differs from the files is hashed from memory"
+    hashed, read, no_notes = [], [], shutil.ignore_patterns(".*")
+    for n in ("sd", "sd-control"): shutil.copytree(folders[n], tmp_path/n, ignore=no_notes)
+    def load(source=tmp_path/"sd", **options):
+        return load_backbone(source, BackboneOptions(control=str(tmp_path/"sd-control"), **options))
+    raw, file_digest = backbones._raw, hashlib.file_digest
+    monkeypatch.setattr(backbones, "_raw", lambda p: hashed.append(tuple(p.shape)) or raw(p))
+    monkeypatch.setattr(hashlib, "file_digest", lambda f, how: read.append(f.name) or file_digest(f, how))
+    first = fingerprint(load())
+    assert not hashed and [Path(o).parent.name for o in read] == ["vae", "unet", "sd-control"]
+    read.clear()
+    policy = load()
+    assert fingerprint(policy) == first and not hashed and not read
+    policy.add_lora(2)
+    adapted = fingerprint(policy)
+    assert adapted != first and not read
+    assert len(hashed) == sum("lora_" in n for n in policy.net.state_dict()) > 0
+    with torch.no_grad(): next(p for n, p in policy.net.named_parameters() if "lora_B" in n).add_(1.)
+    assert fingerprint(policy) not in (first, adapted)
+    assert fingerprint(load(shutil.copytree(tmp_path/"sd", tmp_path/"copy"))) == first # the folder's name counts not
+    assert fingerprint(load(guidance=2.)) != first
+
+
+@pytest.mark.parametrize("change", [
+    lambda p: p.net.unet.conv_in.weight.data[3, 2, 1].add_(1e-3), # `.data` leaves the version of a tensor alone
+    lambda p: p.net.unet.conv_out.weight.data.copy_(p.net.unet.conv_out.weight.flip(3)), # the same numbers
+    lambda p: p.net.unet.conv_in.weight.data[0, 0, 0, 1].neg_() and p.net.unet.conv_in.weight.data[1, 0, 0, 0].neg_(),
+    lambda p: put(p.net, {"controlnet.conv_in.bias": torch.ones(8)}),
+    lambda p: setattr(p.net.controlnet, "conv_in", torch.nn.Conv2d(4, 8, 3)),
+    lambda p: p.add_copy("controlnet"),
+], ids=["data", "flipped", "signs", "put", "layer", "copy"])
+def test_changed_weights_are_not_the_files(folders, change):
+    "Weights that differ from the files never get the files' fingerprint, and get it again once they are put back"
+    policy = backbone(folders, "sd")
+    first, held = fingerprint(policy), {n: p.clone() for n, p in policy.net.state_dict().items()}
+    change(policy)
+    assert fingerprint(policy) != first
+    if policy.net.state_dict().keys() == held.keys():
+        policy.net.load_state_dict(held)
+        assert fingerprint(policy) == first
+
+
+def test_changed_file(folders, tmp_path):
+    "A file that was changed in place has another fingerprint, and a policy that was read before is hashed from memory"
+    source = shutil.copytree(folders["flux"], tmp_path/"flux")
+    file = source/"transformer"/"diffusion_pytorch_model.safetensors"
+    policy = load_backbone(source)
+    first = fingerprint(policy)
+    state = load_file(file)
+    state["x_embedder.bias"] += 1.
+    save_file(state, file, dict(format="pt"))
+    after = fingerprint(load_backbone(source))
+    assert after != first and fingerprint(policy) not in ("", after)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_note_of_a_digest(tmp_path, monkeypatch, beside):
+    "It lies beside the file, or in the Hub's cache where nothing can be written there; a damaged one is made anew"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path/"cache"))
+    file, note = tmp_path/"a.safetensors", tmp_path/".a.safetensors.json"
+    file.write_bytes(b"weights")
+    if not beside: note.mkdir() # nothing can take its place
+    first = backbones.file_digest(file)
+    note = note if beside else next((tmp_path/"cache"/"srnb").iterdir())
+    assert json.loads(note.read_text()) == dict(stamp=backbones._stamp(file), digest=first)
+    note.write_text('{"stamp": ')
+    assert backbones.file_digest(file) == first == json.loads(note.read_text())["digest"]
+    file.write_bytes(b"others!")
+    assert backbones.file_digest(file) != first
+
+
+def test_weight_files(tmp_path, monkeypatch):
+    "Local, one file, of a variant, or a name on the Hub that lies in the cache; none if they cannot be told"
+    unet = tmp_path/"hub"/"models--owner--name"/"snapshots"/"1"/"unet"
+    unet.mkdir(parents=True)
+    names = ["config.json", *(f"w{v}-0000{k}-of-00002.safetensors" for v in ("", ".fp16") for k in (1, 2))]
+    for n in names: (unet/n).touch()
+    (unet.parents[2]/"refs").mkdir()
+    (unet.parents[2]/"refs"/"main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    def found(*args): return [f.name for f in backbones.weight_files(*args)]
+    assert found(unet.parent, "unet") == found("owner/name", "unet") == names[1:3]
+    assert found(unet.parent, "unet", "fp16") == found("owner/name", "unet", "fp16") == names[3:]
+    assert found(unet/names[1]) == names[1:2] and found("owner/other", "unet") == found(tmp_path/"none") == []

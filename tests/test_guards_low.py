@@ -298,7 +298,7 @@ OPTIONS = dict( # field -> kind of pipeline, another value, where it shows
     control=("sd", None, "latents"), guidance=("sd", 2., "latents"), negative=("sd", "a house", "latents"),
     control_scale=("sd", .5, "latents"), train=("sd", "control", "trained"), max_tokens=("flux", 64, "text"),
     texts=("sd", "texts", "texts"), prediction=("sd", "v_prediction", "error"),
-    checkpointing=("sd", True, "checkpointing"), tile_vae=("sd", True, "tiling"))
+    checkpointing=("sd", True, "checkpointing"), tile_vae=("sd", True, "tiling"), levels=("flux", "shifted", "levels"))
 
 
 def shows(pipelines, kind, **options):
@@ -310,7 +310,9 @@ def shows(pipelines, kind, **options):
     latents, parts = own_latents(policy).tolist(), (getattr(policy.net, policy.net.base_name), policy.net.controlnet)
     text = list(policy.encode(small_image(), text_ids(["a tree"])).text.shape)
     policy.add_lora(2)
-    return dict(error=None, latents=latents, text=text, checkpointing=[o.is_gradient_checkpointing for o in parts],
+    levels = policy.path.draw_sigma(3, generator(0)).tolist()
+    return dict(error=None, levels=levels, latents=latents, text=text,
+                checkpointing=[o.is_gradient_checkpointing for o in parts],
                 tiling=[policy.codec.vae.use_tiling, policy.codec.vae.tile_sample_min_size == 512],
                 texts=len(list(Path(options["texts"]).glob("*.safetensors"))) if options.get("texts") else 0,
                 trained=[n for n, p in policy.net.named_parameters() if p.requires_grad])

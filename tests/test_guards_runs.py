@@ -137,6 +137,7 @@ def looped(path, weights, log, kept, large=()):
 # what else the run needs so that the field decides something
 SOBOLEV = {"method.energy.s": 1.5}
 NONE = "!options are for a backbone"
+OTHER = "!BaseRun.options is for a backbone"
 EVERY = { # of every Run
     "method.energy.s": (.7, "log"), "method.energy.frequency": ("radian", "log", SOBOLEV),
     "method.energy.unit_mean": (False, "log", SOBOLEV), "method.energy.mean": (False, "log"),
@@ -149,11 +150,15 @@ EVERY = { # of every Run
     "base.backbone": (given("tiny2"), "bank before after metrics"), "base.path": ("vp_eps", "bank before after log"),
     "base.precision": ("bf16", "before after adapter"), "base.sampler": ("ab2", "bank before after"),
     "base.sample_steps": (3, "bank before after"),
+    "base.colour.fix": ("wavelet", "bank before after metrics"),
+    "base.colour.strength": (.5, "bank before after", {"base.colour.fix": "adain"}),
+    "base.colour.linear": (True, "bank before after", {"base.colour.fix": "adain"}), "base.sample_batch": (2, ""),
     "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
     "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
     "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
     "base.options.texts": ("folder", NONE), "base.options.prediction": ("epsilon", NONE),
     "base.options.checkpointing": (True, NONE), "base.options.tile_vae": (True, NONE),
+    "base.options.levels": ("shifted", NONE),
     "base.options.variant": ("fp16", NONE), "base.options.quantize": ("4bit", NONE),
     "base.options.offload_vae": (True, NONE), "base.options.attention": ("flash", NONE),
     "base.options.compile": (True, NONE),
@@ -161,7 +166,7 @@ EVERY = { # of every Run
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
     "judging.show": (1, ""),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
-    "budget": (four_updates, "log adapter kept"),
+    "budget": (four_updates, "log adapter kept"), "rows": (1, "log"),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
@@ -208,7 +213,12 @@ OWN = { # of one setting
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
-    "base": PATCHES | looped("loop", "policy", "log", "kept") | {
+    "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
+        control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
+        control_scale=(.5, OTHER), max_tokens=(77, OTHER), texts=("folder", OTHER), prediction=("epsilon", OTHER),
+        checkpointing=(True, OTHER), tile_vae=(True, OTHER), levels=("shifted", OTHER))) | {
+        "prompts": (given("prompts"), "!BaseRun.prompts is for"),
+        "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
         "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
     "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
         init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),

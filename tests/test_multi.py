@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import srnb.train
 from srnb.align import DP2O, Adversary, Given, Hinge, Method, Own, Riesz, Run, Start, Top
-from srnb.backbones import BackboneOptions, load_backbone, write_tiny
+from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
 from srnb.config import record
 from srnb.curation import finished_groups, read_group
 from srnb.degrade import RESSHIFT_TEST
@@ -73,8 +73,10 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
     "name -> folders of the same run by one process and by two"
     top = tmp_path_factory.mktemp("multi")
     def flux(): # parameters without a gradient
-        options = BackboneOptions(train="whole", checkpointing=True)
-        base = Base(str(write_tiny("flux", top/"flux")), precision="no", sample_steps=2, options=options)
+        folder = write_tiny("flux", top/"flux")
+        control = write_tiny_control(load_backbone(folder), top/"control")
+        options = BackboneOptions(control=str(control), train="whole", checkpointing=True)
+        base = Base(str(folder), precision="no", sample_steps=2, options=options)
         return replace(dp2o, base=base, data=replace(dp2o.data, take=1), judging=replace(dp2o.judging, eval_m=1),
                        loop=replace(LOOP, steps=2, log_every=1), patch=64)
     def adversarial(losers):
@@ -91,6 +93,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         dp2o=lambda: dp2o,
         more=lambda: replace(dp2o, loop=replace(LOOP, parts=4, ema=.5)), # two micro-batches a process
         guarded=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True)),
+        rows=lambda: replace(dp2o, rows=1),
+        guarded_rows=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True), rows=1),
         given=lambda: adversarial(Given(("base",))),
         riesz=lambda: adversarial(Riesz(.003)),
         adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
@@ -114,7 +118,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
     return both
 
 
-ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow) for o in ("guarded", "given", "online", "riesz"))]
+ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
+                              for o in ("guarded", "given", "online", "riesz", "guarded_rows"))]
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -123,9 +128,10 @@ def test_two_are_one(runs, name):
     same_result(one, two)
 
 
-def test_sums(runs):
-    "With two micro-batches in each process only the order of the sum differs"
-    one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs("more"))
+@pytest.mark.parametrize("name", ["more", pytest.param("rows", marks=slow)])
+def test_sums(runs, name):
+    "With two micro-batches in each process, or with one in pieces, only the order of the sum differs"
+    one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs(name))
     assert one.keys() == two.keys() and all((one[k]-two[k]).norm() <= 1e-2*one[k].norm() for k in one)
     assert any(v.abs().sum() > 0 for k, v in one.items() if "lora_B" in k)
 
@@ -145,7 +151,7 @@ def test_close(runs, name):
     """A transformer's matrix products may round differently from process to process: what two learn is what one learns,
     to that; FSDP writes it whole"""
     one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs(name))
-    start = load_backbone(runs("flux")[0].parent.parent/"flux").net.controlnet.state_dict()
+    start = load_file(runs("flux")[0].parent.parent/"control"/"diffusion_pytorch_model.safetensors")
     assert one.keys() == two.keys() and {k.split("controlnet.")[1] for k in one} == set(start)
     moved = sum((one[k]-start[k.split("controlnet.")[1]]).square().sum() for k in one).sqrt()
     apart = sum((one[k]-two[k]).square().sum() for k in one).sqrt()

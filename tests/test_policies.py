@@ -1,15 +1,16 @@
 "Adapters as PEFT itself reads them, and the shipped base"
 import json
+import weakref
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 
-from srnb.core import check_close, generator
+from srnb.core import DoesNotFit, check_close, generator
 from srnb.data import embedded_photos
 from srnb.nets import SmallUNet, UNetConfig, load_net, save_net
-from srnb.paths import Flow, Shift, VPEps, VPV, sample_ab2, sample_ddim
+from srnb.paths import Flow, Shift, VPEps, VPV, sample_ab2, sample_ddim, sample_ddpm
 from srnb.policies import (PixelCodec, Policy, ResidualCodec, base_print, from_pretrained, load_adapter, save_adapter,
                            save_pretrained)
 
@@ -186,3 +187,40 @@ def test_the_print_of_a_base_sees_every_tensor_and_no_adapter(part):
     moved = base_print(policy)
     for p in policy.add_lora(2): p.data.normal_()
     assert before != moved == base_print(policy)
+
+
+class Narrow(torch.nn.Module):
+    "A network in a memory that has room for few states at once"
+    def __init__(self, most):
+        super().__init__()
+        self.net, self.most, self.asked, self.held, self.stride = toy(), most, [], [], 2
+
+    def forward(self, x, sigma, cond):
+        assert all(o() is None for o in self.held), "what did not fit is still in memory"
+        self.asked.append(len(x))
+        if len(x) > self.most:
+            large = torch.empty(len(x))
+            self.held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.net(x, sigma, cond)
+
+
+@pytest.mark.parametrize("most, asked", [(1, [7, 3, 1, *[1]*6]), (2, [7, 3, 1, *[1]*6]), (3, [7, 3, 3, 1]), (7, [7])])
+def test_a_batch_that_does_not_fit_is_halved(most, asked):
+    "Samples are those of an ancestral sampler that had room; the policy keeps what fits"
+    policy, lq = Policy(Narrow(most), VPEps()), torch.rand(1, 3, 8, 8, generator=generator(1))
+    wanted = Policy(toy(), VPEps()).sample(lq, range(7), 1, sample_ddpm)
+    check_close(policy.sample(lq, range(7), 1, sample_ddpm, batch=7), wanted, atol=1.01/255)
+    fits = max(n for n in asked if n <= most)
+    assert policy.net.asked == asked and policy.batch == (fits if len(asked) > 1 else 0)
+    policy.net.asked.clear()
+    policy.sample(lq, range(7), 1, sample_ddpm)
+    assert set(policy.net.asked) <= {fits, 7 % fits or fits, 1}
+
+
+def test_a_sample_that_does_not_fit():
+    policy, lq = Policy(Narrow(0)), torch.rand(1, 3, 8, 8, generator=generator(1))
+    policy.batch = 4
+    with pytest.raises(DoesNotFit, match=r"not even one sample .* options.tile_vae.*2.00 GiB"):
+        policy.sample(lq, range(3), 1)
+    assert policy.net.asked == [3, 1] and issubclass(DoesNotFit, MemoryError)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def places(tmp_path_factory)->dict[str, str]:
     torch.save(Compact(num_feat=8, num_conv=2, upscale=4).state_dict(), top/"checkpoint.pth")
     write_tiny_control(load_backbone(write_tiny("sd", top/"sd2")), top/"controlnet")
     return {"path/to/folder": str(top/"photographs"), "path/to/checkpoint.pth": str(top/"checkpoint.pth"),
-            "path/to/controlnet": str(top/"controlnet"), "sd2": str(top/"sd2")}
+            "controlnet": str(top/"controlnet"), "sd2": str(top/"sd2")}
 
 
 def here(command:str)->str:
@@ -94,9 +95,10 @@ def test_papermill(command, root, tmp_path, places, clean_env):
     env, small = dict(clean_env, IN_TEST="1"), ""
     if "-p backbone sd2" in command:
         small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p sample_steps 2"
+        shutil.copytree(places["controlnet"], tmp_path/"sd2-base"/"control") # what the command before it trains
     if "compare_upscalers" in command: # which in a test leaves the checkpoint out
         small, env = f" -p size 64 -p take 1 -p out {tmp_path}/compare", clean_env
-    for name in ("path/to/folder", "path/to/checkpoint.pth", "path/to/controlnet"):
+    for name in ("path/to/folder", "path/to/checkpoint.pth"):
         command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
     assert list(tmp_path.glob("*.ipynb"))
@@ -121,10 +123,18 @@ LESS = dict(size=64, patch=32, m=4, n=1, steps=1, parts=1, sample_steps=2, eval_
 def test_train(command, tmp_path, places, tiny, forked):
     "The run of the command line, made small"
     from srnb.config import fill
+    from srnb.onestep import BaseRun
     from srnb.train import run_of, train
     words = shlex.split(command.replace("path/to/folder", places["path/to/folder"]))[2:]
-    out = train(fill(run_of(words), LESS | dict(out=str(tmp_path/"run"), backbone=str(tiny))))
-    assert (out/"metrics.parquet").exists()
+    run, out = run_of(words), str(tmp_path/"run")
+    if isinstance(run, BaseRun): # of a backbone
+        loop = replace(run.loop, steps=2, warmup=1, parts=1)
+        small = dict(photos=(), patch=64, max_side=160, batch=1, precision="no", loop=loop) # copies are held out here
+        out = train(replace(run, init=places["sd2"], out=out, **small))
+        assert (out/"control"/"config.json").exists()
+    else:
+        out = train(fill(run, LESS | dict(out=out, backbone=str(tiny))))
+        assert (out/"metrics.parquet").exists()
     done = forked("-c", "from srnb.command import main; raise SystemExit(main())", "train", out/"config.json",
                   "--out", out) # the same run by the command: it is done
     assert done.wait() == 0 and "is done" in done.out, done.err

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from dataclasses import replace
 from importlib.resources import files
 
@@ -330,3 +331,83 @@ def test_offline_preset_passes_the_ladder(size):
     photos = [centre_crop(p.read(), size).contiguous() for p in embedded_photos()[:8]]
     table = R.ladder_table(R.OFFLINE.metrics, photos)
     for m in R.OFFLINE.metrics: R.check_ladder(table, m)
+
+
+# devices
+
+@pytest.fixture
+def scorers():
+    "Built anew, and gone afterwards: their models have been elsewhere"
+    R.drop_scorers()
+    yield R.scorer_of
+    R.drop_scorers()
+
+
+OURS = (R.PSNR_Y, R.SSIM_Y, R.LSD)
+
+@pytest.mark.parametrize("metric", [*OURS, R.PIQE, R.GMSD, R.NLPD, R.MS_SSIM, R.FSIM, R.VSI],
+                         ids=lambda m: m.name)
+def test_a_metric_computes_on_a_gpu_that_is_not_there(scorers, monkeypatch, metric):
+    "Fake tensors know shapes and devices alone; what mixes two devices is an error"
+    from pyiqa.models.inference_model import InferenceModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    monkeypatch.setattr(InferenceModel, "is_valid_input", lambda self, x: None) # looks at numbers
+    scorer = scorers(metric)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        sr, gt = torch.rand(3, 3, 192, 192, device="cuda"), torch.rand(3, 192, 192, device="cuda")
+        values = scorer(sr, gt if metric.kind == "fr" else None)
+    assert values.device.type == "cuda" and values.shape == (3,)
+
+
+@pytest.mark.parametrize("metric", [*OURS, R.ST_LPIPS_ALEX, R.ST_LPIPS_VGG], ids=lambda m: m.name)
+def test_a_model_follows_its_images(scorers, metric):
+    images = torch.rand(3, 3, 64, 80, device="meta")
+    with torch.inference_mode(): assert scorers(metric)(images, images[0]).is_meta
+
+
+def test_colorvideovdp_is_made_once_on_every_device(scorers, monkeypatch):
+    made = []
+    class Model:
+        def __init__(self, display_name, heatmap, quiet, device): made.append((display_name, device.type))
+        def predict(self, s, gt, dim_order): return s.mean(), None
+    monkeypatch.setattr("pycvvdp.cvvdp", Model)
+    images = torch.rand(3, 3, 64, 80)
+    for device in ("cpu", "meta", "meta", "cpu"):
+        assert scorers(R.CVVDP)(images.to(device), images[0].to(device)).device.type == device
+    assert made == [("standard_4k", "cpu"), ("standard_4k", "meta")]
+
+
+class Placed(torch.nn.Module):
+    "A model that says where it was sent"
+    def __init__(self, at):
+        super().__init__()
+        self.sent = at
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+
+def test_scores_come_from_the_device_that_was_named(scorers, group):
+    "Models follow the images, leave the device when they are parked, and memory when they are dropped"
+    (gt, sr), sent, seen, gone = group, [], [], []
+    def build():
+        model = Placed(sent)
+        gone.append(weakref.ref(model))
+        def scorer(sr, gt):
+            R._at(model, sr)
+            seen.append((sr, gt))
+            return torch.arange(len(sr)) # there are no numbers on that device
+        return scorer
+    metrics = [R.Metric(n, "fr", True, build) for n in "ab"]
+    scores = R.score_group(metrics, sr, gt, "meta")
+    assert all(v.tolist() == [0, 1, 2, 3, 4, 5] and v.device.type == "cpu" for v in scores.values())
+    assert sent == ["meta"]*2 and all(o.is_meta for pair in seen for o in pair)
+    R.check_available(metrics, (32, 40), "meta")
+    assert len(gone) == 2 and seen[-1][0].is_meta
+    R.park_scorers()
+    assert sent[-2:] == ["cpu"]*2 and all(o() is not None for o in gone)
+    R.drop_scorers()
+    assert all(o() is None for o in gone)
+    R.score_group(metrics, sr, gt)
+    assert len(gone) == 4 and sent[-1] == "cpu"
