@@ -240,3 +240,10 @@ def test_levels_are_told_apart_by_the_record_and_not_by_adapters(bare):
     drawn = [p.path_of(lq).draw_sigma(1000, generator(0)) for p in (even, shifted)]
     check_close(drawn[1], shifted.path_of(lq).shifted(drawn[0]))
     assert (drawn[1] > drawn[0]).float().mean() > .99
+
+
+def test_no_name_of_a_repository_that_is_gone(root):
+    "Stability AI took Stable Diffusion 2 from the Hub in November 2025, and runwayml its 1.5 before"
+    gone = ("stabilityai/stable-diffusion-2", "runwayml/")
+    for p in (root/"README.md", *(root/"nbs").glob("*.ipynb"), *(root/"srnb").glob("*.py"), *(root/".ci").glob("*.py")):
+        assert not any(o in p.read_text() for o in gone), p
