@@ -899,6 +899,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.fit': ('training.html#fit', 'srnb/training.py'),
                                'srnb.training.in_pieces': ('training.html#in_pieces', 'srnb/training.py'),
                                'srnb.training.latest_checkpoint': ('training.html#latest_checkpoint', 'srnb/training.py'),
+                               'srnb.training.log_pictures': ('training.html#log_pictures', 'srnb/training.py'),
                                'srnb.training.optimiser_of': ('training.html#optimiser_of', 'srnb/training.py'),
                                'srnb.training.processes': ('training.html#processes', 'srnb/training.py'),
                                'srnb.training.put': ('training.html#put', 'srnb/training.py'),
