@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_guards_low import backbone, diffusers_latents, own_latents
 
 from srnb.align import DP2O, SFT, Run, align
@@ -133,6 +134,10 @@ def test_a_branch_learns_to_read(bare, trained, tmp_path, kind):
     assert train_base(branch(out, bare[kind])) == out # it is done
     seen = pd.read_parquet(out/"log.parquet").influence
     assert len(seen) == 4 and seen[0] == 0 < seen[1] < seen[3]
+    events = EventAccumulator(str(out/"logs")).Reload()
+    for p in embedded_photos("held_out")[:2]: # input, sample and photograph side by side
+        pictures = events.Images(f"held out/{p.id}")
+        assert [o.step for o in pictures] == [3, 6, 8] and (pictures[0].height, pictures[0].width) == (64, 3*64)
     policy = load_backbone(bare[kind], BackboneOptions(control=str(out/"control")))
     check_reads(policy)
     for name, folder in {kind: bare[kind], f"{kind}-control": out/"control"}.items(): (tmp_path/name).symlink_to(folder)
