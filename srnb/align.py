@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .adversary import adversary_loser, riesz_loser
+from .backbones import Backbone
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
 from .core import open_run, run_done, seed_of, to_bytes, write_table
@@ -53,7 +54,8 @@ class Work:
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
         self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
-        self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data))
+        self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data),
+                         **run.base.colour.note(policy.codec))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
 
     def inputs(self, groups:WhenAsked)->dict:
@@ -63,7 +65,7 @@ class Work:
 
     def sample(self, folder:Path, groups:WhenAsked, m:int)->Path:
         "A bank of the policy's samples; processes share the groups"
-        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note)
+        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
 
     @cached_property
@@ -103,7 +105,7 @@ class Work:
         def own(lq): # of the bare base, whatever adapters there are by now
             told = next(o.prompt for o in groups.held if torch.equal(o.lq, to_bytes(lq[0])))
             with self.policy.using(): sr = self.policy.sample(lq, [0], self.steps, self.sampler, prompts=[told])
-            return sr[:, 0]
+            return self.run.base.colour.images(sr[0], lq[0], self.policy.codec)
         folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))
@@ -139,6 +141,10 @@ class Work:
                     precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
+
+    def keep(self)->None:
+        "The folder is this run's: prompts and latents of a backbone go there"
+        if isinstance(self.policy, Backbone): self.policy.keep(self.home)
 
     def renew(self, **adapters:Path)->None:
         "The base with the adapters that every policy has, and with these, name=folder, in place of those that it has"
@@ -447,7 +453,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
     with state.main_process_first():
-        policy = policy_of(run.base, run.data.prompts, state.device)
+        policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
@@ -464,6 +470,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
         open_run(out, said) # the inputs are good: the folder is claimed
+        work.keep()
     return work
 
 def align(
@@ -501,7 +508,8 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
     def anew(): # FSDP has cut the base, too
         work.policy = None
         freed()
-        work.policy = policy_of(run.base, run.data.prompts, work.device)
+        work.policy = policy_of(run.base, run.data.prompts, work.device, work.home/"texts")
+        work.keep()
         work.renew()
         add_trained(work.policy, run.base.options, run.rank, run.seed)
         return work.policy

@@ -156,8 +156,10 @@ def upscale_parser()->argparse.ArgumentParser:
     p.add_argument("--sampler", choices=("ddim", "ab2", "ddpm"),
         help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for "
              "FLUX")
-    p.add_argument("--color-fix", choices=("adain", "wavelet", "none"),
-        help="take the colours back to those of the input (adain for a backbone, otherwise none)")
+    p.add_argument("--color-fix", choices=("auto", "adain", "wavelet", "none"), default="auto",
+        help="give back the colours of the input (auto: adain for a backbone, otherwise none)")
+    p.add_argument("--color-strength", type=float, default=1., metavar="X", help="share of the colour fix, 0 to 1 (1)")
+    p.add_argument("--color-linear", action="store_true", help="fix colours in linear light")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic")
     p.add_argument("--device",
         help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
@@ -180,6 +182,8 @@ def check_args(
     if odd := [o for o in args.seed if not 0 <= o < 2**63]: raise Usage(f"--seed must lie in [0, 2**63), got {odd[0]}")
     if len(set(args.seed)) < len(args.seed): raise Usage("--seed names a seed twice")
     if args.steps is not None and args.steps < 1: raise Usage(f"--steps must be at least 1, got {args.steps}")
+    if not 0 <= args.color_strength <= 1:
+        raise Usage(f"--color-strength must lie in [0, 1], got {args.color_strength}")
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise Usage(f"--guidance must be a number of at least 0, got {args.guidance}")
 
@@ -261,11 +265,11 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.images import color_fix_of, upscale_file
+    from srnb.colour import Colour
+    from srnb.images import upscale_file
     from srnb.paths import SAMPLERS
-    from srnb.tiles import on_latents
     policy, failed = _policy(args), []
-    fix = color_fix_of(args.color_fix or ("adain" if on_latents(policy) else "none"))
+    colour = Colour(args.color_fix, args.color_strength, args.color_linear)
     sampler = SAMPLERS.get(args.sampler)
     waiting = sum(n for *_, n in todo) # pixels
     seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up
@@ -273,7 +277,7 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
         start, waiting = time.monotonic(), waiting-n
         def say(text, source=source): tell(f"{source}: {text}")
         try:
-            w, h = upscale_file(source, target, policy, seed, args.tile, fix, args.force, say, args.steps, sampler,
+            w, h = upscale_file(source, target, policy, seed, args.tile, colour, args.force, say, args.steps, sampler,
                                 args.prompt)
         except Exception as e:
             failed.append(f"{source}: {reason(e)}")
@@ -291,18 +295,22 @@ def run_train(
     argv:Sequence[str], # what follows `srnb train`
 )->int:                 # exit code
     "Train what a preset, a JSON config or an object of your own file describes"
-    from srnb.train import run_of, train
-    print(train(run_of(list(argv) or ["--help"])))
+    from srnb.train import run_of, train_planned
+    print(train_planned(run_of(list(argv) or ["--help"])))
     return 0
 
 def run_plan(
-    argv:Sequence[str], # what follows `srnb plan`: a backbone, then a run as `srnb train` takes it
+    argv:Sequence[str], # what follows `srnb plan`: perhaps one of `planned()`, then a run as `srnb train` takes it
 )->int:                 # exit code
     "Say what a run needs on a card, before anything is downloaded"
-    from srnb.train import plan_of, run_of
-    name, *run = [*argv, ""] if not argv else argv
-    said = plan_of(name, run_of(run or ["dp2o"], f"srnb plan {name}"))
-    if not said: raise Usage(f"srnb plan BACKBONE [PRESET ...]: BACKBONE is sd2, sd15, sdxl or flux, got {name!r}")
+    from srnb.train import plan_of, planned, presets, run_of
+    architecture = planned().get(argv[0]) if argv else None
+    words = list(argv if architecture is None else argv[1:] or ["dp2o"])
+    if words and words[0] in presets() and not any("precision" in o for o in words): # as a card has it
+        words += ["--base.precision", "bf16"]
+    if not (said := plan_of(run_of(words or ["--help"], "srnb plan"), architecture)):
+        raise Usage(f"srnb plan: this run has no backbone; put {', '.join(planned())} before it, or name a folder or "
+                    "owner/name by --base.backbone")
     print(said)
     return 0
 

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
-           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'adain_fix', 'low_band', 'wavelet_fix',
-           'color_fix_of', 'load_model', 'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds',
-           'save_image', 'upscale_file']
+           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'load_model', 'upscale', 'ask_plugin',
+           'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
@@ -26,6 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .colour import Colour
+from .config import coerced
 from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
 from .files import ENDS, FORMATS, PICTURES, kind_of
 from .policies import Policy, check_reads, from_pretrained, usual_dtype
@@ -226,47 +227,6 @@ def of_pillow(
         return out
     return Work(work.lq, work.alpha, back, mode, work.answer, tuple(notes))
 
-# %% ../nbs/61_images.ipynb #60-upscale-041
-def adain_fix(
-    sr:Tensor, # (B,3,H,W)
-    y:Tensor,  # (B,3,H,W), the enlarged input
-)->Tensor:     # (B,3,H,W), not clamped
-    "Give each channel of `sr` the mean and standard deviation of `y` [Huang+ 2017, eq. 8]"
-    if sr.shape != y.shape: raise ValueError(f"sr {tuple(sr.shape)} and y {tuple(y.shape)} must have the same shape")
-    (s, a), (t, b) = (torch.std_mean(o, (-2, -1), correction=0, keepdim=True) for o in (sr, y))
-    return (sr-a)*torch.where(s > 0, t/s.clamp(min=1e-12), 1.) + b
-
-# %% ../nbs/61_images.ipynb #60-upscale-044
-def low_band(
-    images:Tensor, # (B,C,H,W)
-    levels:int=5,
-    mode:str="replicate", # how the image goes on beyond its border
-)->Tensor:         # (B,C,H,W)
-    "À-trous low-pass by the B3 spline [Starck+ 1998]"
-    taps = torch.tensor([1, 4, 6, 4, 1], dtype=images.dtype, device=images.device)/16
-    for hole in (2**k for k in range(levels)):
-        for axis in (-1, -2):
-            pad, n = [2*hole*(a == axis) for a in (-1, -1, -2, -2)], images.shape[axis]
-            wide = F.pad(images, pad, mode=mode)
-            images = sum(t*wide.narrow(axis, i*hole, n) for i, t in enumerate(taps))
-    return images
-
-def wavelet_fix(
-    sr:Tensor, # (B,3,H,W)
-    y:Tensor,  # (B,3,H,W), the enlarged input
-)->Tensor:     # (B,3,H,W), not clamped
-    "Low band of `y`, high bands of `sr` [Wang+ 2023]"
-    if sr.shape != y.shape: raise ValueError(f"sr {tuple(sr.shape)} and y {tuple(y.shape)} must have the same shape")
-    return sr + low_band(y-sr)
-
-def color_fix_of(
-    name:str, # "adain", "wavelet" or "none"
-)->Callable|None: # (sr, y) -> sr
-    "The colour fix that a command line names"
-    if name not in ("adain", "wavelet", "none"):
-        raise ValueError(f"color_fix must be one of adain, wavelet, none, got {name!r}")
-    return dict(adain=adain_fix, wavelet=wavelet_fix).get(name)
-
 # %% ../nbs/61_images.ipynb #60-upscale-062
 @contextmanager
 def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong is an error
@@ -312,11 +272,12 @@ def load_model(
     check_reads(policy)
     return policy
 
-def _run(work:Work, policy, seed:int, tile:int|None, fix:Callable|None, steps:int|None, overlap:int, say:Callable,
+def _run(work:Work, policy, seed:int, tile:int|None, colour:Colour, steps:int|None, overlap:int, say:Callable,
          sampler:Callable|None=None, prompt:str="")->object: # the kind that `work` was made of
     for o in work.notes: say(f"note: {o}")
     f, (h, w) = policy.codec.factor, work.lq.shape[-2:]
-    answer = work.answer + 12*(work.alpha is not None) + 84*(fix is not None)
+    fix = colour.of(policy.codec)
+    answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None)
     plan = plan_tiles(policy, (h, w), tile, overlap, answer)
     if plan.tiles > 1 or plan.bytes > 2e8: # what is small is done before it is read
         say(f"{w}x{h} -> {f*w}x{f*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
@@ -338,7 +299,7 @@ def upscale(
     model:str|Path|Policy="onestep", # what `load_model` reads, or a policy, which spares loading it again
     seed:int=0,                  # of the noise; the same seed gives the same result
     tile:int|None=None,          # pixels of the input; None: by size and memory; the image's longer side: whole
-    color_fix:str|Callable|None=None, # "adain", "wavelet", or a function (sr, y) -> sr
+    colour:Colour=Colour(),  # noqa: B008  how the input's colours are given back
     dtype:str|torch.dtype="auto",# of the arithmetic, if `model` is yet to be loaded
     steps:int|None=None,         # sampler steps; None: what the policy says
     overlap:int=32,              # of tiles, pixels of the input
@@ -347,9 +308,8 @@ def upscale(
     prompt:str="",               # for a backbone; one that is loaded must have been told it
 )->Image.Image|np.ndarray|Tensor: # the same kind, four times as high and wide, with 8-bit values
     "Upscale an image of any kind four times"
-    if isinstance(color_fix, str):
-        color_fix = color_fix_of(color_fix)
     generator(seed) # refuses what is no seed
+    colour = coerced(colour, Colour, "colour")
     if overlap < 0 or tile is not None and tile < max(2*overlap, 1):
         raise ValueError(f"tile must be at least {2*overlap} pixels, twice the overlap, got {tile}")
     makers = {Image.Image: of_pillow, np.ndarray: of_array, Tensor: of_tensor}
@@ -358,7 +318,7 @@ def upscale(
         raise TypeError(f"image must be a Pillow image, a numpy array or a torch tensor, got {type(image).__name__}")
     work, policy = make(image), model
     if isinstance(model, str|Path): policy = load_model(model, dtype, prompts=[prompt] if prompt else ())
-    return _run(work, policy, seed, tile, color_fix, steps, overlap, say, sampler, prompt)
+    return _run(work, policy, seed, tile, colour, steps, overlap, say, sampler, prompt)
 
 # %% ../nbs/61_images.ipynb #60-upscale-066
 def ask_plugin(
@@ -454,7 +414,7 @@ def upscale_file(
     policy,                  # anything with solve, codec.factor and stride
     seed:int=0,
     tile:int|None=None,
-    fix:Callable|None=None,  # colour fix (sr, y) -> sr
+    colour:Colour=Colour(),  # noqa: B008  as `upscale` has it
     force:bool=False,        # replace what is there
     say:Callable[[str], None]=print,
     steps:int|None=None,     # None: what the policy says
@@ -470,5 +430,5 @@ def upscale_file(
         except Exception as e: raise ValueError(f"damaged image ({e})") from e
     size = tuple(policy.codec.factor*n for n in reversed(work.lq.shape[-2:]))
     check_holds(target, work.mode, size)
-    save_image(_run(work, policy, seed, tile, fix, steps, 32, say, sampler, prompt), target, force, say)
+    save_image(_run(work, policy, seed, tile, colour, steps, 32, say, sampler, prompt), target, force, say)
     return size

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import BackboneOptions, is_backbone, load_backbone
+from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
 from .core import bicubic, open_run, seed_of, to_bytes, write_table
 from .curation import Group, read_group, score_bank, score_table
@@ -156,6 +157,7 @@ class Base(Checked):
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
     sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
+    colour:Colour = Colour()   # of samples, before they are scored or shown
     def check(self):
         self.at_least(1, "sample_steps")
         self.at_least(0, "sample_batch")
@@ -201,12 +203,13 @@ def policy_of(
     base:Base,
     prompts:str|None=None, # JSON file, for a backbone that reads text
     device:str|torch.device="cpu",
+    texts:str|Path|None=None, # folder to read encoded prompts from, where `base.options` names none
 )->Policy:                 # without adapters
     "The base that a config names: a small policy, or a backbone with its prompts encoded"
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        policy = load_backbone(base.backbone, base.options, path, dtype, device, told)
+        policy = load_backbone(base.backbone, base.options, path, dtype, device, told, texts)
     else:
         if base.options != BackboneOptions():
             raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
@@ -322,7 +325,7 @@ def kept_drifts(
 @dataclass(frozen=True)
 class Judging(Checked):
     "What ranks candidates, and what judges the result"
-    reward:Reward|None = OFFLINE # ranks the candidates; its scale is frozen on them; None: metrics alone
+    reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
     m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
@@ -344,7 +347,7 @@ def evaluate(
     ids:list[str],            # held-out photographs
     metrics:Sequence[Metric], # including the reward's
     reward:Reward|None=None,  # None: metrics alone
-    bounds:GlobalBounds|None=None, # frozen on the training bank: one scale for all variants
+    bounds:GlobalBounds|None=None, # frozen on samples from before: one scale for all variants
     scale:float=1.,           # of the codec, for `moved`
     mean:bool=False,          # also judge the pixel-wise mean of the first bank's samples
     device:str|torch.device="cpu", # that computes the metrics

@@ -149,7 +149,10 @@ EVERY = { # of every Run
     "data.prompts": (given("prompts"), "!prompts must be empty"),
     "base.backbone": (given("tiny2"), "bank before after metrics"), "base.path": ("vp_eps", "bank before after log"),
     "base.precision": ("bf16", "before after adapter"), "base.sampler": ("ab2", "bank before after"),
-    "base.sample_steps": (3, "bank before after"), "base.sample_batch": (2, ""),
+    "base.sample_steps": (3, "bank before after"),
+    "base.colour.fix": ("wavelet", "bank before after metrics"),
+    "base.colour.strength": (.5, "bank before after", {"base.colour.fix": "adain"}),
+    "base.colour.linear": (True, "bank before after", {"base.colour.fix": "adain"}), "base.sample_batch": (2, ""),
     "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
     "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
     "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
@@ -159,7 +162,7 @@ EVERY = { # of every Run
     "judging.reward": ("offline_nr", "bounds metrics"), "judging.m": (5, "samples", {"judging.reward": "offline_nr"}),
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
-    "budget": (four_updates, "log adapter kept"),
+    "budget": (four_updates, "log adapter kept"), "rows": (1, "log"),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches

@@ -1,6 +1,7 @@
 "What a run holds, loads, encodes and samples, in counts: no more than it trains on"
 import json
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,15 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 import srnb.runs
 from srnb.align import (ASASR, DP2O, DPO, DRO, SFT, Adversary, Bottom, Expert, Method, Own, Photograph, Run, Samples,
                         Start, Top, Work, align, cost)
-from srnb.backbones import (NEGATIVE, BackboneOptions, LatentCodec, load_backbone, write_tiny, write_tiny_control)
+from srnb.backbones import NEGATIVE, BackboneOptions, LatentCodec, load_backbone, write_tiny, write_tiny_control
 from srnb.core import generator, read_run, to_bytes
 from srnb.curation import Group, bank_bounds, fingerprint, group_seeds, make_outputs, read_group, score_bank
 from srnb.data import embedded_photos
 from srnb.pairs import Hinge, Logistic, Pairs, draw_loss, draw_pairs, draw_winners, row_backward
-from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter
+from srnb.plan import SD2
+from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter, text_ids
 from srnb.rewards import OFFLINE_NR, GlobalBounds
 from srnb.runs import Base, Data, Judging, add_trained, policy_of
 from srnb.spectral import SobolevEnergy
+from srnb.train import plans_of
 from srnb.training import Loop
 
 
@@ -157,14 +160,19 @@ METHODS = dict(asasr=ASASR_SMALL, dpo=Method(losers=Samples(), link=Logistic(10.
                dro=Method(losers=Own(1, 2, 2, 2), link=Hinge(.01)))
 
 
-@pytest.mark.parametrize("kind, method, train", [("sd", "asasr", "base"), ("sdxl", "dpo", "whole"),
-                                                 ("flux", "dro", "control")])
+SLOW = pytest.mark.slow
+
+@pytest.mark.parametrize("kind, method, train", [
+    ("sd", "asasr", "base"), pytest.param("sdxl", "dpo", "whole", marks=SLOW),
+    pytest.param("flux", "dro", "control", marks=SLOW)])
 def test_one_load_and_one_encoding(folders, counted, tmp_path, kind, method, train):
     "With a start, an adversary, samples after and at the matched copy: the base is read once, and each prompt"
     run, told = run_of(folders, kind, METHODS[method], tmp_path/"out", train, drift=1e-9)
     out = align(run)
     assert counted.loads == [str(folders[kind])]
     assert sorted(counted.prompts) == sorted({"", *told} | ({NEGATIVE} if kind != "flux" else set()))
+    if kind != "flux": # whose inputs are latents, too
+        assert sum(counted.pictures) == len(list((out/"latents").iterdir()))
     policy = policy_of(run.base, run.data.prompts) # read anew, it gives what the run sampled with its one base
     found = read_group(out/"bank-after", (i := embedded_photos("held_out")[0].id))
     seeds = group_seeds(i, 1)
@@ -191,6 +199,32 @@ def test_nothing_of_an_adapter_is_left(folders, train):
         drop_adapters(policy)
         assert fingerprint(policy) == before and [n for n, _ in policy.net.named_modules()] == names
         assert not policy.adapters and not policy.off
+
+
+@SLOW
+def test_prompts_and_pictures_are_encoded_once_for_all_runs(folders, counted, tmp_path):
+    "Of every method: what one run has encoded lies in the folder that runs share, in half precision"
+    banks, told = tmp_path/"banks", set()
+    for name, method in METHODS.items():
+        run, told = run_of(folders, "sd", method, tmp_path/name, drift=1e-9, banks=str(banks))
+        align(run)
+        assert sorted(counted.prompts) == sorted({"", NEGATIVE, *told})
+        assert sum(counted.pictures) == len(list((banks/"latents").iterdir())) # of outputs, winners and losers
+    files = [f for o in ("latents", "texts") for f in (banks/o).iterdir()]
+    assert len(files) > 6+len(told) and {o.dtype for f in files for o in load_file(f).values()} == {torch.float16}
+
+
+def test_other_encoders_in_the_same_place_are_asked_anew(folders, counted, tmp_path):
+    "A base that was written over another one does not get the other's prompts"
+    base, texts = write_tiny("sd", tmp_path/"sd"), str(tmp_path/"texts")
+    def told():
+        policy = load_backbone(base, BackboneOptions(texts=texts), prompts=["a tree"])
+        return policy.texts(text_ids(["a tree"]))[0]
+    first, again = told(), told()
+    assert torch.equal(first, again) and counted.prompts.count("a tree") == 1
+    shutil.rmtree(base)
+    write_tiny("sd", base, seed=1)
+    assert not torch.equal(first, told()) and counted.prompts.count("a tree") == 2
 
 
 # ---------------------------------------------------------------- no more samples than a method trains on
@@ -279,3 +313,12 @@ def test_rows_bad_input(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="FSDP cuts into pieces"):
         align(replace(of_small(tiny, tmp_path/"run", Method(winners=Top(1), losers=Bottom(), link=Logistic())), rows=2))
     assert not (tmp_path/"run").exists()
+
+
+def test_plan_of_rows():
+    "A plan counts the states that are held at once, and samples of training crops if there are any"
+    run = Run("x", DP2O, base=Base("owner/name", precision="bf16"), judging=Judging(m=16), patch=128)
+    (_, whole), (sampling, pieces) = plans_of(run, SD2), plans_of(replace(run, rows=4), SD2)
+    assert whole.batch*2 == 64 and pieces.batch == 4 and pieces.bytes < whole.bytes/2
+    few, _ = plans_of(Run("x", DRO, base=run.base, judging=Judging(eval_m=1)), SD2)
+    assert sampling.batch == 8 and few.batch == 1

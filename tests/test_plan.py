@@ -1,13 +1,31 @@
-"Memory and FLOPs before loading: properties over tiny architectures"
+"Memory and FLOPs before loading: properties over tiny architectures, and plans against what runs hold"
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+from weakref import finalize
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, cost, largest,
-                       measure, plan)
+import srnb.train
+from srnb.align import ASASR, DP2O, DRO, SFT, Run, Top
+from srnb.backbones import BackboneOptions, ControlledFlux, ControlledUNet, write_tiny
+from srnb.command import main
+from srnb.core import generator
+from srnb.onestep import BaseRun
+from srnb.pairs import Pairs, draw_loss, draw_pairs
+from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, autocast, build,
+                       cost, course_of, largest, measure, plan, read_architecture)
+from srnb.runs import Base, Data, add_trained, policy_of
+from srnb.train import plan_of, plans_of, train_planned
+from srnb.training import Loop, fit
 
 TEXT = (Network("transformers", "T5EncoderModel", dict(d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=1,
                                                        vocab_size=99)), 7),
@@ -33,7 +51,9 @@ def test_more_pixels_and_more_rows_need_more(architecture, training):
         return p.momentary["activations"], p.flops, p.bytes
     small, wide, many = step(64, 1), step(128, 1), step(64, 3)
     assert all(a < b for a, b in zip(small[:2], wide[:2], strict=True)) and small[2] <= wide[2]
-    assert many[:2] == tuple(3*o for o in small[:2]) and small[2] <= many[2]
+    assert many[1] == 3*small[1] and small[2] <= many[2]
+    foretold, there = course_of(architecture, 64, training, 6, torch.bfloat16), cost(architecture, 64, training, 6)
+    assert abs(foretold[:, 0].max()/there.peak-1) < .01 and foretold.shape == there.course.shape # it was not measured
 
 
 @BOTH
@@ -47,6 +67,7 @@ def test_options_change_what_they_say(architecture):
     whole = Training(None, checkpointing=True)
     a, b = [plan(architecture, 64, 1, replace(whole, eight_bit=e)) for e in (False, True)]
     assert {k for k in a.resident if a.resident[k] != b.resident[k]} == {"AdamW"}
+    assert a.momentary["AdamW steps"] > b.momentary["AdamW steps"]
     assert b.resident["AdamW"] < a.resident["AdamW"]
     lora = plan(architecture, 64, 1, replace(whole, adapts=WAYS[1].adapts, rank=1))
     assert lora.resident["AdamW"] < a.resident["AdamW"]
@@ -62,6 +83,7 @@ def test_flops_of_a_layer_by_hand():
     assert measure(lambda: net.a(torch.zeros(11, 5, **g))).flops == 2*11*5*7
     assert measure(lambda: net.b(torch.zeros(2, 3, 6, 8, **g))).flops == 2*2*6*8*4*3*9
     r, found = 2, adapt({"denoiser": net}, Training(lambda n: True, rank=2))
+    assert all(p.dtype == torch.float32 for p in found)
     assert sum(p.numel() for p in found) == r*(5+7)+r*(3*9+4)
     forward = 2*11*(5*7+r*(5+7))
     assert measure(lambda: net.a(torch.zeros(11, 5, **g))).flops == forward
@@ -101,7 +123,7 @@ def test_pooled_text_of_sdxl():
     assert 2*SDXL.denoiser.build().add_embedding.linear_1.in_features == 2*2816
 
 
-@pytest.mark.parametrize("bad, words", [(dict(size=100), "multiple of 64"), (dict(size=0), "multiple of 64"),
+@pytest.mark.parametrize("bad, words", [(dict(size=100), "multiple of 16"), (dict(size=0), "multiple of 16"),
     (dict(batch=0), "batch must"), (dict(tile=100), "tile must")])
 def test_bad_input(bad, words):
     with pytest.raises(ValueError, match=words): plan(**{"architecture": UNET, "size": 64, **bad})
@@ -124,3 +146,189 @@ def test_tally_counts_what_is_made_inside_and_lives():
     assert (made.now, made.peak, made.flops) == (4000, 8000, 0) and kept.shape == (10,)
     del kept
     assert made.now == 0
+
+
+# What runs hold
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    top = tmp_path_factory.mktemp("planned")
+    return {kind: write_tiny(kind, top/kind) for kind in ("sd", "sdxl", "flux")}
+
+
+class Held(TorchDispatchMode):
+    "The most bytes of tensors that were made inside and were alive together"
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def storages(o):
+            if isinstance(o, torch.Tensor): return [o.untyped_storage()]
+            return [s for p in o for s in storages(p)] if isinstance(o, (list, tuple)) else []
+        out = func(*args, **(kwargs or {}))
+        given = {s._cdata for s in storages((args, tuple((kwargs or {}).values())))}
+        for s in storages(out):
+            if s._cdata in given or s._cdata in self.alive: continue
+            self.alive[s._cdata] = s.nbytes()
+            finalize(s, self.alive.pop, s._cdata)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+def held(work):
+    with Held() as found: work()
+    return found.peak
+
+
+def profiled(work): # what the allocator gave, so with the workspaces of convolutions on a CPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found: work()
+    events = (e for e in found.profiler.kineto_results.events() if e.name() == "[memory]")
+    now = peak = 0
+    for _, n in sorted((e.start_ns(), e.nbytes()) for e in events):
+        now += n
+        peak = max(peak, now)
+    return peak
+
+
+def foretold(p): return sum(p.resident.values())-p.resident["allowance"]+max(p.momentary.values())
+
+
+TWICE = Loop(steps=2, parts=2) # in the second micro-batch the gradients of the first are there
+
+
+def run_on(folder, out, method=DP2O, rank=4, batch=1, loop=TWICE, precision="no", **options):
+    if isinstance(method.winners, Top): method = replace(method, winners=Top(2))
+    base = Base(str(folder), precision=precision, options=BackboneOptions(**options))
+    return Run(str(out), method, Data(size=64), base, loop=loop, patch=64, rank=rank, batch=batch)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("train, checkpointing", [("base", False), ("control", True), ("whole", False)])
+def test_a_plan_is_what_the_run_holds(folders, tmp_path, kind, train, checkpointing):
+    run = run_on(folders[kind], tmp_path, train=train, checkpointing=checkpointing)
+    sampling, training = plans_of(run)
+    policy, g = policy_of(run.base), generator(0)
+    there = [*policy.net.parameters(), *policy.net.buffers(), *policy.codec.vae.parameters()]
+    there = sum({o.untyped_storage()._cdata: o.untyped_storage().nbytes() for o in there}.values())
+    images = [torch.randint(0, 256, (2, 3, 64, 64), generator=g).byte() for _ in range(2)]
+    pairs = Pairs([o[0, :, ::4, ::4] for o in images], images, images, torch.ones(2, 2, 2))
+    sample = lambda: policy.sample(torch.rand(1, 3, 16, 16, generator=g), [*range(8)], 2, batch=8) # noqa: E731
+    def step():
+        add_trained(policy, run.base.options, run.rank, run.seed)
+        loss = draw_loss(lambda step, part: draw_pairs(pairs, policy, 1, 64, step), policy, run.method.link)
+        fit(policy, loss, run.loop, run.out)
+    assert abs(foretold(sampling)/(there+held(sample))-1) < .1
+    count = profiled if kind == "flux" else held # it has hardly a convolution
+    assert abs(foretold(training)/(there+count(step))-1) < .1
+
+
+@pytest.mark.parametrize("kind, net", [("sd", ControlledUNet), ("sdxl", ControlledUNet), ("flux", ControlledFlux)])
+def test_a_folder_is_planned_as_it_would_be_loaded(folders, tmp_path, kind, net):
+    architecture, policy = read_architecture(folders[kind]), policy_of(Base(str(folders[kind]), precision="no"))
+    nets, _ = build(architecture, dtype=torch.float32)
+    loaded = dict(denoiser=getattr(policy.net, net.base_name), branch=policy.net.controlnet)
+    for n, real in loaded.items():
+        assert {k: o.shape for k, o in nets[n].named_parameters()} == {k: o.shape for k, o in real.named_parameters()}
+    assert architecture.rows == (1 if kind == "flux" else 2) and len(architecture.texts) == (1 if kind == "sd" else 2)
+    for train in ("base", "control", "whole"):
+        run = run_on(folders[kind], tmp_path, train=train)
+        policy = policy_of(run.base)
+        add_trained(policy, run.base.options, run.rank, run.seed)
+        trained = sum(p.numel() for p in policy.net.parameters() if p.requires_grad)
+        assert plans_of(run)[1].resident["trained, float32"] == 4*trained
+
+
+def test_what_a_run_changes_its_plan_changes(folders, tmp_path):
+    def parts(**changes): # of the training plan, and sampling's
+        sampling, training = plans_of(run_on(folders["sd"], tmp_path, **changes))
+        return training.resident | training.momentary | {"flops": training.flops, "decodes": sampling.momentary}
+    plain = parts()
+    def changed(**changes):
+        now = parts(**changes)
+        return {k for k in plain.keys() | now.keys() if plain.get(k) != now.get(k)}
+    adapter = {"trained, float32", "gradients", "AdamW", "AdamW steps", "flops"}
+    assert changed(train="control")-{"activations"} == adapter and changed(rank=8)-{"activations"} == adapter
+    assert changed(train="whole") == adapter | {"activations"}
+    assert changed(batch=2) == {"activations", "flops"}
+    assert changed(loop=Loop(parts=2, ema=.9)) == {"average"}
+    whole, small = [parts(train="whole", loop=Loop(parts=2, optimiser=o)) for o in ("adamw", "adamw_8bit")]
+    assert {k for k in whole if whole[k] != small[k]} == {"AdamW", "AdamW steps"}
+    assert changed(precision="bf16") >= {"denoiser, bf16", "branch, bf16", "activations"}
+    assert {"frozen adapters", "gradients apart"} <= changed(method=DRO)
+    assert parts(method=ASASR)["frozen adapters"] == plain["trained, float32"]*(4+16)/4 # the start's, the adversary's
+    assert "frozen adapters" not in parts(method=SFT) and parts(method=SFT)["activations"] < plain["activations"]
+    assert parts(guidance=1.)["decodes"]["activations"] < plain["decodes"]["activations"]
+    tiled, whole = [replace(run_on(folders["sd"], tmp_path, tile_vae=t), data=Data(size=1024)) for t in (True, False)]
+    assert plans_of(tiled)[0].momentary["VAE decodes"] < plans_of(whole)[0].momentary["VAE decodes"]
+
+
+def test_a_stage_that_makes_a_backbone_read_is_planned(folders, tmp_path):
+    run = BaseRun(str(tmp_path), init=str(folders["sd"]), batch=2, precision="no", loop=Loop(ema=.9))
+    training, = plans_of(run) # it samples nothing, and has no reference
+    assert str(training).startswith(f"{folders['sd']} at 64²: 2 crop(s), the whole branch")
+    assert training.resident["average"] == training.resident["trained, float32"] > 0
+    assert training.flops < plans_of(run_on(folders["sd"], tmp_path, train="whole"))[1].flops
+
+
+def test_a_run_that_does_not_fit_is_told_before_it_starts(folders, tmp_path, monkeypatch, capsys):
+    run = run_on(folders["sd"], tmp_path)
+    assert "WARNING" not in plan_of(run, free=10*GB)
+    assert "WARNING: training will not fit: it needs 1.5 GB, the card has 0.1 GB free" in plan_of(run, free=GB//10)
+    card = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (GB//10, GB))
+    monkeypatch.setattr(srnb.train.torch, "cuda", card)
+    monkeypatch.setattr(srnb.train, "train", lambda run: print("trains") or run.out)
+    assert train_planned(run) == run.out
+    said = capsys.readouterr().out
+    assert said.index("pair(s), LoRA of rank 4") < said.index("WARNING: sampling") < said.index("trains")
+    monkeypatch.setenv("RANK", "1") # of several processes one says it
+    assert train_planned(run) == run.out and capsys.readouterr().out == "trains\n"
+
+
+def test_the_command_plans_folders_and_names(folders, tmp_path, capsys):
+    words = ["dp2o", "--base.backbone", str(folders["sdxl"]), "--data.size", "64", "--out", str(tmp_path/"out")]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    assert f"{folders['sdxl']} at 64²: 8 image(s), sampling" in said and "8 pair(s), LoRA of rank 16" in said
+    assert "denoiser, bf16" in said and not (tmp_path/"out").exists()
+    assert main(["plan", *words, "--base.precision", "no"]) == 0
+    assert "denoiser, float32" in capsys.readouterr().out
+    assert main(["plan", "dp2o"]) == 2 and "this run has no backbone; put sd2" in capsys.readouterr().err
+    assert main(["plan", "dp2o", "--base.backbone", str(tmp_path/"nothing")]) == 1
+
+
+@contextmanager
+def on_a_card(): # torch's own autocast, which `torch.autocast` would not switch on where there is no card
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try: yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0: torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
+def forward_of(architecture, training, card):
+    (nets, _), fake = build(architecture, training), FakeTensorMode(allow_non_fake_inputs=True)
+    def there(p):
+        with fake: return torch.empty(p.shape, dtype=p.dtype, device="cuda")
+    def attention(query, key, value, **kwargs):
+        return torch.ops.aten._scaled_dot_product_flash_attention(*(o.bfloat16() for o in (query, key, value)))[0]
+    for m in [m for net in nets.values() for m in net.modules()]*card:
+        for n, p in m._parameters.items():
+            if p is not None: m._parameters[n] = nn.Parameter(there(p), p.requires_grad)
+        for n, p in m._buffers.items(): m._buffers[n] = there(p)
+    def run():
+        with on_a_card() if card else autocast("meta", torch.bfloat16):
+            return architecture.run(architecture, nets["denoiser"], nets.get("branch"), 64, 2).float()
+    if not card: return measure(run, training is not None)
+    with fake, patch.object(F, "scaled_dot_product_attention", attention), Tally() as tally:
+        with torch.set_grad_enabled(training is not None): out = run()
+        return tally.now, out
+
+
+@BOTH
+@pytest.mark.parametrize("training", [None, WAYS[1], Training(None), WAYS[3]], ids=["sample", "LoRA", "whole", "again"])
+def test_arithmetic_is_that_of_a_card(architecture, training):
+    saved, _ = forward_of(architecture, training, card=True)
+    assert abs(forward_of(architecture, training, card=False).saved/saved-1) < .06 # the norm of queries is fused there

@@ -22,6 +22,7 @@ from srnb import images, tiles
 from srnb.command import main
 from srnb.core import bicubic, generator, quantize
 from srnb.files import SAVES
+from srnb.colour import Colour
 from srnb.images import upscale
 from srnb.nets import OneStepConfig, OneStepUNet
 from srnb.paths import Shift
@@ -271,7 +272,7 @@ def test_bad_calls():
             (torch.zeros(3, 8, 8).byte(), TypeError, "float32"),
             (Image.new("LAB", (8, 8)), ValueError, "colour mode LAB")):
         with pytest.raises(kind, match=text): upscale(image, quick)
-    for bad in (dict(tile=20), dict(overlap=-1), dict(tile=0, overlap=0), dict(seed=-1), dict(color_fix="x")):
+    for bad in (dict(tile=20), dict(overlap=-1), dict(tile=0, overlap=0), dict(seed=-1), dict(colour="x")):
         with pytest.raises(ValueError): upscale(np.zeros((8, 8)), quick, **bad)
     with pytest.raises(ValueError, match="dtype must be one of"): upscale(np.zeros((8, 8)), dtype=torch.float16)
 
@@ -317,9 +318,11 @@ def test_color_fixes():
     class Tint(Plain):
         def solve(self, lq, noise, steps=None): return (self.codec.upsample(lq)*.8).clamp(0, 1)
     y, raw = quick.codec.upsample(x[None])[0], upscale(x, Tint())
-    for fix in ("adain", "wavelet", lambda sr, y: y):
-        assert (upscale(x, Tint(), color_fix=fix)-y).abs().mean() < .3*(raw-y).abs().mean()
-    assert torch.equal(upscale(x, Tint(), color_fix="none"), raw)
+    for fix in ("adain", "wavelet"):
+        for linear in (False, True):
+            far = [(upscale(x, Tint(), colour=Colour(fix, s, linear))-y).abs().mean() for s in (0., .5, 1.)]
+            assert far[2] < (.6 if linear else .3)*far[0] and far[2] < far[1] < far[0] # the tint is linear in sRGB
+    assert torch.equal(upscale(x, Tint(), colour=Colour("none")), raw)
 
 
 def test_the_plan_says_what_is_needed(monkeypatch):

@@ -14,7 +14,8 @@ from srnb.backbones import Backbone, BackboneOptions, Cond, LatentCodec, load_ba
 from srnb.command import main
 from srnb.core import bicubic, generator
 from srnb.data import embedded_photos
-from srnb.images import adain_fix, load_model, upscale
+from srnb.colour import Colour, adain_fix
+from srnb.images import load_model, upscale
 from srnb.paths import SAMPLERS, Flow, sample_ab2, sample_ddim, sample_ddpm
 from srnb.plan import Tally
 from srnb.policies import from_pretrained, save_adapter, text_ids
@@ -218,10 +219,10 @@ def test_defaults(load, monkeypatch):
     p, x = load("sd"), photo(8, 12)
     noise, draw = noise_for(p, x, 9)
     want = p.solve(x, noise, 3, sample_ddpm, draw)
-    assert torch.equal(upscale(x, p, 9, steps=3), want)
+    assert torch.equal(upscale(x, p, 9, steps=3, colour=Colour("none")), want)
     y = p.codec.upsample(x)
     fixed = adain_fix(want, y).mul(255).round().clamp(0, 255)/255
-    assert torch.equal(upscale(x, p, 9, steps=3, color_fix="adain"), fixed)
+    assert torch.equal(upscale(x, p, 9, steps=3), fixed) # as the command does
     with pytest.raises(ValueError, match="'a dog'|number"): upscale(x, p, 9, steps=3, prompt="a dog")
     with pytest.raises(ValueError, match="no prompt"): upscale(x, "onestep", prompt="a cat")
     with pytest.raises(ValueError, match="reads no text"): upscale(x, from_pretrained("small"), prompt="a cat")
@@ -277,16 +278,18 @@ def test_seeds_prompt_and_steps(folders, box, capsys):
     assert Path("c_seed5.png").exists() and not Path("c.png").exists()
     p = load_backbone(folder, BackboneOptions(control=str(control)), prompts=["a cat"])
     x = pixels("a.png")
-    assert torch.equal(pixels("b.png"), upscale(x, p, 3, steps=2, color_fix="adain"))
-    cases = [(["--color-fix", "none"], {}), (["--prompt", "a cat"], dict(color_fix="adain", prompt="a cat")),
-             (["--tile", "64"], dict(color_fix="adain"))]
-    cases += [(["--sampler", name], dict(color_fix="adain", sampler=sampler)) for name, sampler in SAMPLERS.items()]
+    assert torch.equal(pixels("b.png"), upscale(x, p, 3, steps=2))
+    half = Colour("wavelet", .5, True)
+    cases = [(["--color-fix", "none"], dict(colour=Colour("none"))), (["--prompt", "a cat"], dict(prompt="a cat")),
+             (["--tile", "64"], {}), (["--color-fix", "wavelet", "--color-strength", ".5", "--color-linear"],
+                                      dict(colour=half))]
+    cases += [(["--sampler", name], dict(sampler=sampler)) for name, sampler in SAMPLERS.items()]
     for more, want in cases:
         assert main([*base, "-o", "d.png", "--force", "--seed", "3", *more]) == 0
         assert torch.equal(pixels("d.png"), upscale(x, p, 3, steps=2, **want)), more
     q = load_backbone(folder, BackboneOptions(control=str(control), guidance=1.))
     assert main([*base, "-o", "e.png", "--seed", "3", "--guidance", "1"]) == 0
-    assert torch.equal(pixels("e.png"), upscale(x, q, 3, steps=2, color_fix="adain"))
+    assert torch.equal(pixels("e.png"), upscale(x, q, 3, steps=2))
     assert not torch.equal(pixels("e.png"), pixels("b.png"))
 
 
@@ -302,7 +305,7 @@ def test_adapter(folders, box, tiny, capsys):
         save_adapter(p, "adapter")
         base = ["upscale", "a.png", "--model", str(model), "--dtype", "float32", "--steps", "2", "--force", *more]
         assert main([*base, "-o", "a0.png"]) == 0 and main([*base, "-o", "a1.png", "--adapter", "adapter"]) == 0
-        want = upscale(pixels("a.png"), p, steps=2, color_fix="adain" if on_latents(p) else None)
+        want = upscale(pixels("a.png"), p, steps=2)
         assert torch.equal(pixels("a1.png"), want) and not torch.equal(pixels("a0.png"), want)
         alone = ["upscale", "a.png", "--dtype", "float32", "--steps", "2", "--force", "--adapter", "adapter", *more]
         assert main([*alone, "-o", "a2.png"]) == 0 and torch.equal(pixels("a2.png"), want) # it names its base
