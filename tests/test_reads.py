@@ -111,7 +111,8 @@ def test_a_saved_policy_without_influence(tmp_path):
 
 # ---------------------------------------------------------------- the stage that trains a control branch
 
-FEW = Loop(steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3, log_every=2)
+FEW = Loop(steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3, log_every=2, log_with="none")
+SHOWN = replace(FEW, log_with="tensorboard")
 
 
 def branch(out, base, **more):
@@ -124,14 +125,14 @@ def branch(out, base, **more):
 def trained(bare, tmp_path_factory):
     "kind -> folder of a finished run"
     top = tmp_path_factory.mktemp("trained")
-    return functools.cache(lambda kind: train_base(branch(top/kind, bare[kind])))
+    return functools.cache(lambda kind: train_base(branch(top/kind, bare[kind], loop=SHOWN)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_branch_learns_to_read(bare, trained, tmp_path, kind):
     "The influence is 0, then grows; diffusers' ControlNet pipeline reads what is written, and gives the same picture"
     out = trained(kind)
-    assert train_base(branch(out, bare[kind])) == out # it is done
+    assert train_base(branch(out, bare[kind], loop=SHOWN)) == out # it is done
     seen = pd.read_parquet(out/"log.parquet").influence
     assert len(seen) == 4 and seen[0] == 0 < seen[1] < seen[3]
     events = EventAccumulator(str(out/"logs")).Reload()
