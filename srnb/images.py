@@ -26,6 +26,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .colour import Colour
+from .config import coerced
 from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
 from .files import ENDS, FORMATS, PICTURES, kind_of
 from .policies import Policy, check_reads, from_pretrained, usual_dtype
@@ -308,6 +309,7 @@ def upscale(
 )->Image.Image|np.ndarray|Tensor: # the same kind, four times as high and wide, with 8-bit values
     "Upscale an image of any kind four times"
     generator(seed) # refuses what is no seed
+    colour = coerced(colour, Colour, "colour")
     if overlap < 0 or tile is not None and tile < max(2*overlap, 1):
         raise ValueError(f"tile must be at least {2*overlap} pixels, twice the overlap, got {tile}")
     makers = {Image.Image: of_pillow, np.ndarray: of_array, Tensor: of_tensor}

@@ -6,7 +6,7 @@
 __all__ = ['CLIP_L', 'OPEN_CLIP_H', 'OPEN_CLIP_BIGG', 'T5_XXL', 'SD15', 'SD2', 'SDXL', 'FLUX', 'FLUX_TOKENS', 'GB', 'NAMES',
            'Network', 'parameters', 'Architecture', 'run_unet', 'run_flux', 'read_architecture', 'Tally', 'Cost',
            'measure', 'MetaAutocast', 'autocast', 'attention_layers', 'asasr_layers', 'run_layers', 'Training', 'adapt',
-           'build', 'cost', 'Plan', 'plan', 'largest', 'advice']
+           'build', 'cost', 'Plan', 'course_of', 'plan', 'largest', 'advice']
 
 # %% ../nbs/14_plan.ipynb #14-plan-003
 import re
@@ -196,7 +196,8 @@ class Tally(TorchDispatchMode):
     "Counts FLOPs and the bytes of all tensors alive that were made inside"
     def __init__(self):
         super().__init__()
-        self.flops = self.now = self.peak = self.kept = self.rising = 0 # kept: gradients; rising: the peak with them
+        self.flops = self.now = self.kept = 0 # kept: gradients, which `now` leaves out
+        self.course = [(0, 0)] # both after every operation
         self.alive, self.views = set(), set() # storages made inside; operations that return what they got
         self.seen = {} # form of a call -> form of the result, FLOPs
 
@@ -222,8 +223,11 @@ class Tally(TorchDispatchMode):
                 self.alive.add(key)
                 self.now += s.nbytes()
                 finalize(s, self._drop, key, s.nbytes())
-        self.peak, self.rising = max(self.peak, self.now), max(self.rising, self.now+self.kept)
+        self.course.append((self.now, self.kept))
         return out
+
+    @property
+    def peak(self): return max(now for now, _ in self.course)
 
     def _call(self, form, func, args, kwargs): # result, FLOPs, storages that came in: a view of them is not made inside
         given = {o.untyped_storage()._cdata for o in _leaves((args, tuple(kwargs.values())))}
@@ -241,7 +245,7 @@ class Cost(NamedTuple):
     flops:int # multiplications and additions
     saved:int # bytes alive after the forward
     peak:int  # bytes, the most at any time, without parameters and their gradients
-    rising:int# the same, with gradients, which come while activations go
+    course:Tensor # (operations,2) bytes: alive after each, and gradients of parameters then
 
 def measure(
     run:Callable[[], Tensor], # a forward
@@ -256,7 +260,7 @@ def measure(
         saved = tally.now
         if backward: out.float().square().sum().backward()
     for p, hook in zip(params, hooks, strict=True): p.grad = hook.remove()
-    return Cost(tally.flops, saved, tally.peak, tally.rising)
+    return Cost(tally.flops, saved, tally.peak, torch.tensor(tally.course))
 
 # what torch.autocast runs in the lower precision, and what in float32, of the functions that these networks call
 _LOWER = {"linear", "conv2d", "matmul", "bmm", "baddbmm", "_attention"}
@@ -453,8 +457,17 @@ def _sizes(architecture, training, dtype)->tuple[dict[str, int], list[int]]: # p
 def _states(trained:Sequence[int], eight_bit:bool)->int: # of AdamW's two; small tensors stay float32
     return sum(8*n if not eight_bit or n < 4096 else 2*(n+4*-(-n//256)) for n in trained)
 
-def _at(of:Callable[[int], int], rows:int)->int: # what grows with the rows, and what does not, from two measurements
-    return of(1) if rows == 1 else of(1)+(rows-1)*(of(2)-of(1))
+def course_of(
+    architecture:Architecture,
+    size:int,               # pixels
+    training:Training|None, # None: sampling
+    rows:int,               # of the batch
+    dtype:torch.dtype,
+)->Tensor:                  # as `Cost` has it
+    "Bytes after every operation, for any rows from those of two and three: each grows with the rows, or does not"
+    two, three = (cost(architecture, size, training, r, dtype=dtype).course for r in (2, 3))
+    if len(two) != len(three): return cost(architecture, size, training, rows, dtype=dtype).course
+    return two+(rows-2)*(three-two)
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float32"} # of precisions, in a plan
 
@@ -480,24 +493,33 @@ def plan(
     resident = {f"{k}, {name}": width*n for k, n in nets.items()} | {"VAE, float32": 4*weights}
     if training is None:
         rows = batch*architecture.rows
-        peak = _at(lambda r: cost(architecture, size, None, r, dtype=dtype).peak, rows)
-        momentary = {"activations": peak, "VAE decodes": decode}
+        peak = course_of(architecture, size, None, rows, dtype)[:, 0].max()
+        momentary = {"activations": int(peak), "VAE decodes": decode}
         flops = rows*forward.flops
     else:
         n, rows = sum(trained), batch*training.rows
         step = cost(architecture, size, training, dtype=dtype)
-        def most(what): return _at(lambda r: getattr(cost(architecture, size, training, r, dtype=dtype), what), rows)
+        course = course_of(architecture, size, _form_of(training), rows, dtype)
         # gradients come while activations go, unless those of an earlier micro-batch are there
-        peak = most("peak") if training.parts > 1 else max(most("rising")-4*n, most("peak")-4*n, 0)
+        peak = course[:, 0].max() if training.parts > 1 else (course.sum(1).max()-4*n).clamp(min=0)
         resident |= {"trained, float32": 4*n, "gradients": 4*n, "AdamW": _states(trained, training.eight_bit)}
         if training.others: resident["frozen adapters"] = 4*n*sum(training.others)//training.rank
         if training.average: resident["average"] = 4*n
         if training.apart: resident["gradients apart"] = 8*n
-        momentary = {"activations": peak, "VAE encodes": encode, "AdamW steps": 0 if training.eight_bit else 4*n}
+        momentary = {"activations": int(peak), "VAE encodes": encode, "AdamW steps": 0 if training.eight_bit else 4*n}
         again = step.flops-forward.flops # of the backward
         flops = int(rows*(step.flops+training.apart*again+training.frozen*forward.flops))
     resident["allowance"] = allowance
     return Plan(architecture.name, size, batch, training, resident, momentary, before, flops)
+
+def _fill(p:Plan, of:Callable[[int], Plan], capacity:int)->Plan: # the last that fits; p, of batch 1, does
+    small, large = p, of(2)
+    while large.bytes <= capacity: small, large = large, of(2*large.batch)
+    while large.batch-small.batch > 1:
+        middle = of((small.batch+large.batch)//2)
+        if middle.bytes <= capacity: small = middle
+        else: large = middle
+    return small
 
 def largest(
     architecture:Architecture,
@@ -512,10 +534,8 @@ def largest(
     plans = [plan(architecture, size, 1, way, tile, allowance) for way in ways]
     for p in plans:
         if p.bytes <= capacity:
-            two = plan(architecture, size, 2, p.training, tile, allowance)
-            one, two = p.momentary["activations"], two.momentary["activations"]
-            more = (capacity-sum(p.resident.values())-one)//(two-one)
-            return plan(architecture, size, 1+max(0, more), p.training, tile, allowance)
+            more = partial(plan, architecture, size, training=p.training, tile=tile, allowance=allowance)
+            return _fill(p, more, capacity)
     best = min(plans, key=lambda p: p.bytes)
     raise DoesNotFit(f"{best.architecture} at {size}² needs {best.bytes/GB:.1f} GB for a batch of 1, there are "
                      f"{capacity/GB:.1f} GB. {advice(best, capacity)}\n{best}")

@@ -321,7 +321,7 @@ def test_color_fixes():
     for fix in ("adain", "wavelet"):
         for linear in (False, True):
             far = [(upscale(x, Tint(), colour=Colour(fix, s, linear))-y).abs().mean() for s in (0., .5, 1.)]
-            assert far[2] < .3*far[0] and far[2] < far[1] < far[0]
+            assert far[2] < (.6 if linear else .3)*far[0] and far[2] < far[1] < far[0] # the tint is linear in sRGB
     assert torch.equal(upscale(x, Tint(), colour=Colour("none")), raw)
 
 
