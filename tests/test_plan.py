@@ -205,7 +205,8 @@ def run_on(folder, out, method=DP2O, rank=4, batch=1, loop=TWICE, precision="no"
 
 
 FAST = ("sd", "base", False), ("sdxl", "whole", False), ("flux", "control", True)
-ALL = [(kind, *way) for kind in ("sd", "sdxl", "flux") for way in (("base", False), ("control", True), ("whole", False))]
+WAYS_OF_RUNS = ("base", False), ("control", True), ("whole", False)
+ALL = [(kind, *way) for kind in ("sd", "sdxl", "flux") for way in WAYS_OF_RUNS]
 CASES = [pytest.param(*o, marks=[pytest.mark.slow]*(o not in FAST)) for o in ALL]
 
 
