@@ -9,7 +9,7 @@ __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'Work', 'Pictures', 
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .adversary import adversary_loser, riesz_loser
+from .backbones import Backbone
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
-from .core import open_run, run_done, seed_of, write_table
-from .curation import (Group, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank, make_outputs,
-                           read_group, score_bank, top_bottom)
+from .core import open_run, run_done, seed_of, to_bytes, write_table
+from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
+                           make_outputs, read_bytes, score_bank, top_bottom)
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
-                        gaps, given_loser, pairs_of, seed_at, split_backward)
+                        gaps, given_loser, pairs_of, row_backward, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
-from .policies import Policy, check_reads, load_adapter, save_adapter, text_ids
+from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
@@ -41,11 +42,15 @@ from .training import Loop, fit, processes, put, refuse_fsdp
 class Work:
     "A run at work: what its choices may ask for"
     def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None):
-        def groups(crops): # with the photograph in place of samples
-            told = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}
-            return [Group(i, lq, gt, gt[None], told.get(i, "")) for i, lq, gt in crops]
+        def groups(crops): # with the photograph in place of samples; held as bytes
+            told, held = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}, []
+            for i, lq, gt in crops:
+                lq, gt = to_bytes(lq), to_bytes(gt)
+                held.append(Group(i, lq, gt, gt[None], told.get(i, "")))
+            return WhenAsked(held, Group.images)
         self.run, self.policy, self.device, self.given = run, policy, policy.device, given # pairs of the reader's own
         self.crops, self.probes = groups(crops), groups(probes) # to train on, and held out
+        self.ids = [o.id for o in self.crops.held]
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
         self.sampler = SAMPLERS.get(run.base.sampler, policy.sampler) # own: the policy's
@@ -53,12 +58,12 @@ class Work:
                          **run.base.colour.note(policy.codec))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
 
-    def inputs(self, groups:list[Group])->dict:
+    def inputs(self, groups:WhenAsked)->dict:
         "Pairs and prompts, as `make_bank` and `make_outputs` take them"
-        told = {o.id: o.prompt for o in groups} if self.run.data.prompts else None
-        return dict(pairs=[(o.id, o.lq, o.gt) for o in groups], prompts=told)
+        told = {o.id: o.prompt for o in groups.held} if self.run.data.prompts else None
+        return dict(pairs=WhenAsked(groups, lambda o: (o.id, o.lq, o.gt)), prompts=told)
 
-    def sample(self, folder:Path, groups:list[Group], m:int)->Path:
+    def sample(self, folder:Path, groups:WhenAsked, m:int)->Path:
         "A bank of the policy's samples; processes share the groups"
         how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
@@ -66,37 +71,45 @@ class Work:
     @cached_property
     def bank(self)->Path: # of the training crops
         "M samples of every training crop, drawn by the base"
-        return self.sample(self.home/"bank", self.crops, self.run.judging.m)
+        return self.sample(self.home/"bank", self.crops, self.run.m)
 
-    def samples(self)->list[Group]:
-        "The groups of the bank"
-        return [read_group(self.bank, o.id) for o in self.crops]
+    def samples(self, chosen:Tensor|None=None)->Iterator[Group]: # 8 bit
+        "The groups of the bank, one after the other; of each the chosen candidates (G,N), or all"
+        for k, i in enumerate(self.ids): yield read_bytes(self.bank, i, None if chosen is None else chosen[k].tolist())
 
     @cached_property
     def scores(self)->pd.DataFrame:
-        "Scores of the bank under the reward's metrics"
-        return score_bank(self.bank, self.run.judging.reward.metrics, self.device)
+        "Scores under the reward's metrics: of the bank, or where none is drawn of the held-out samples before"
+        return score_bank(self.bank if self.run.m else self.before, self.run.judging.reward.metrics,
+                          self.device)
+
+    @cached_property
+    def before(self)->Path: # drawn by what training starts from
+        "Samples of the held-out photographs before training"
+        m = self.run.judging.eval_m
+        name = f"{'started-' if self.on else ''}before-{m}" if self.run.banks else "before"
+        return self.sample(self.home/name, self.probes, m)
 
     @cached_property
     def bounds(self):
-        "The scale on which rewards are reported, frozen on the bank; None without a reward"
+        "The scale on which rewards are reported, frozen on these scores; None without a reward"
         return bank_bounds(self.scores, self.run.judging.reward) if self.run.judging.reward else None
 
     def rewards(self, frozen:bool=False)->Tensor: # (G,M)
         "Reward of every sample of the bank, scaled in its group or on the frozen scale"
-        ids, scale = [o.id for o in self.crops], self.bounds if frozen else GroupMinMax()
-        return bank_reward(self.scores, self.run.judging.reward, ids, scale)
+        scale = self.bounds if frozen else GroupMinMax()
+        return bank_reward(self.scores, self.run.judging.reward, self.ids, scale)
 
-    def outputs(self, names:tuple[str, ...], groups:list[Group])->list[Group]: # `crops`, or `probes`
+    def outputs(self, names:tuple[str, ...], groups:WhenAsked)->Sequence[Group]: # `crops`, or `probes`
         "Outputs of other models, in place of samples"
         def own(lq): # of the bare base, whatever adapters there are by now
-            told = next(o.prompt for o in groups if torch.equal(o.lq, lq[0]))
+            told = next(o.prompt for o in groups.held if torch.equal(o.lq, to_bytes(lq[0])))
             with self.policy.using(): sr = self.policy.sample(lq, [0], self.steps, self.sampler, prompts=[told])
             return self.run.base.colour.images(sr[0], lq[0], self.policy.codec)
         folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
         make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))
-        return [read_group(folder, o.id) for o in groups]
+        return WhenAsked([read_bytes(folder, o.id) for o in groups.held], Group.images)
 
     def batches(self,
         draw:Callable,    # `draw_pairs`, `draw_made` or `draw_alone`
@@ -115,7 +128,7 @@ class Work:
     def stage(self,
         name:str,          # of an adapter
         folder:str,        # of the stage
-        groups:list[Group],# with the pictures that it learns in place of samples
+        groups:Sequence[Group], # with the pictures that it learns in place of samples
         rank:int,
         loop:Loop,
         seed:int,          # of the adapter's weights
@@ -123,24 +136,26 @@ class Work:
         **note,            # what else decides the result
     )->Path:
         "Train an adapter by supervision; its folder"
-        run, ids = self.run, [o.id for o in self.crops]
-        said = dict(self.note, base=self.base, ids=ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
+        run = self.run
+        said = dict(self.note, base=self.base, ids=self.ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
                     precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
+    def keep(self)->None:
+        "The folder is this run's: prompts and latents of a backbone go there"
+        if isinstance(self.policy, Backbone): self.policy.keep(self.home)
+
     def renew(self, **adapters:Path)->None:
-        "A new policy: the base with the adapters that every policy has, and with these, name=folder"
-        fits, self.policy = self.policy.batch, None
-        freed() # one backbone in memory
-        self.policy = policy_of(self.run.base, self.run.data.prompts, self.device)
-        self.policy.batch = fits # what memory had room for
+        "The base with the adapters that every policy has, and with these, name=folder, in place of those that it has"
+        drop_adapters(self.policy)
+        freed()
         for name, folder in (self.on | adapters).items(): load_adapter(self.policy, folder, name)
 
 # %% ../nbs/42_align.ipynb #42-align-008
 class Pictures(Checked):
     "Winning pictures"
-    def groups(self, work:Work)->list[Group]: "The pictures that win, crop by crop, in place of samples"
+    def groups(self, work:Work)->Sequence[Group]: "The pictures that win, crop by crop, in place of samples"
 
 @dataclass(frozen=True)
 class Photograph(Pictures):
@@ -153,14 +168,15 @@ class Top(Pictures):
     n:int = 4           # winners, and losers, of a group
     frozen:bool = False # rank on the scale frozen on the training bank, not on each group's own
     def check(self): self.at_least(1, "n")
+    def winning(self, top:Group)->Group: return top # of its best samples, 8 bit
     def groups(self, work):
         top, _ = top_bottom(work.rewards(self.frozen), self.n)
-        return [replace(g, sr=g.sr[best]) for g, best in zip(work.samples(), top, strict=True)]
+        return WhenAsked(list(map(self.winning, work.samples(top))), Group.images)
 
 @dataclass(frozen=True)
 class Expert(Top):
     "The photograph and the best samples win [Diffusion-DRO, eq. 11]"
-    def groups(self, work): return [replace(g, sr=torch.cat([g.gt[None], g.sr])) for g in super().groups(work)]
+    def winning(self, top): return replace(top, sr=torch.cat([top.gt[None], top.sr]))
 
 # %% ../nbs/42_align.ipynb #42-align-010
 class Losers(Checked):
@@ -192,7 +208,7 @@ class Bottom(OfBank):
         top = work.run.method.winners
         reward = work.rewards(top.frozen)
         best, worst = top_bottom(reward, top.n)
-        rows = [(g, g.sr[w], g.sr[l]) for g, w, l in zip(work.samples(), best, worst, strict=True)]
+        rows = ((o, o.sr[:top.n], o.sr[top.n:]) for o in work.samples(torch.cat([best, worst], 1)))
         return pairs_of(rows, hpo_weights(reward, best, worst, self.intra, self.inter))
     def states(self, run): return run.method.winners.n*super().states(run)
 
@@ -210,7 +226,7 @@ class Made(Losers):
     def __init_subclass__(cls):
         if cls.loser is Made.loser:
             raise TypeError(f"{cls.__name__} makes losers and does not say how: write loser(self, work, groups)")
-    def loser(self, work:Work, groups:list[Group])->Callable: # (policy, Crops) -> (n,C,H,W)
+    def loser(self, work:Work, groups:Sequence[Group])->Callable: # (policy, Crops) -> (n,C,H,W)
         "Every kind has its own; the groups are those that win: `work.crops`, or `work.probes`"
     def draw(self, work):
         groups = work.run.method.winners.groups(work)
@@ -339,10 +355,11 @@ class Run(Checked):
     budget:int = 0                 # network evaluations in all, which then decide the number of updates; 0: loop.steps
     drift:float = 0.               # also judge the kept copy nearest to this drift; 0: the last step alone
     banks:str|None = None          # folder for what runs may share; None: out
+    rows:int = 0                   # states whose activations are held at once, for one more forward; 0: all of a batch
     def check(self):
         self.at_least(1, "rank", "batch", "patch")
-        self.at_least(0, "seed", "budget", "drift")
-        method, m = self.method, self.judging.m
+        self.at_least(0, "seed", "budget", "drift", "rows")
+        method, m = self.method, self.m
         if isinstance(method.winners, Top):
             n = method.winners.n
             if self.judging.reward is None: raise ValueError("Judging.reward: the best samples need one to rank them")
@@ -360,6 +377,11 @@ class Run(Checked):
     def samples(self)->bool: # of the training crops are needed
         return isinstance(self.method.winners, Top) or isinstance(self.method.losers, OfBank)
 
+    @property
+    def m(self)->int: # samples that are drawn of every training crop
+        if self.judging.m is None: return 8*self.samples
+        return self.judging.m if self.samples or self.judging.reward else 0
+
 # %% ../nbs/42_align.ipynb #42-align-016
 def cost(
     run:Run,
@@ -368,8 +390,9 @@ def cost(
 )->tuple[float, float]: # before the first update; of one micro-batch
     "Network evaluations of a run, in forwards of 64x64 pixels; only what the method itself needs"
     image, patch, method = (run.data.size/64)**2, (run.patch/64)**2, run.method
-    bank = crops*run.judging.m*steps*image if run.samples else 0
-    one = (5 if method.safeguard else 3)+(method.link is not None) # policy with backward, or two, and the reference
+    bank = crops*run.m*steps*image if run.samples else 0
+    one = 4 if run.rows else 5 if method.safeguard else 3 # two forwards and a backward; one and two; one and one
+    one += method.link is not None # the reference
     update = method.losers.states(run)*one+method.losers.forwards(run)
     return bank+method.losers.before(run, crops, steps)*patch, update*patch
 
@@ -391,11 +414,13 @@ def loop_of(
 # %% ../nbs/42_align.ipynb #42-align-018
 def objective(work:Work)->tuple[Callable, Callable|None, object|None]: # loss, backward and memory, for `fit`
     "What a run optimises"
-    method, policy = work.run.method, work.policy
+    run, method, policy = work.run, work.run.method, work.policy
     draw = method.losers.draw(work)
     apart = method.safeguard or isinstance(method.losers, Own) # for the online losers, to log both norms
-    backward = split_backward(policy, method.safeguard) if apart else None
-    return draw_loss(draw, policy, method.link, method.energy), backward, draw if hasattr(draw, "tensors") else None
+    backward = row_backward(run.rows) if run.rows else None
+    if apart: backward = split_backward(policy, method.safeguard, run.rows)
+    loss = draw_loss(draw, policy, method.link, method.energy, run.rows)
+    return loss, backward, draw if hasattr(draw, "tensors") else None
 
 def held_out_preference(
     work:Work,
@@ -405,7 +430,7 @@ def held_out_preference(
     run, rows, loser = work.run, [], work.run.method.losers.loser(work, work.probes)
     for o in work.probes:
         d = draw_made([o], work.policy, draws, run.patch, seed_of("held out", o.id), loser)
-        with torch.no_grad(): gap, _, _ = gaps(work.policy, d, run.method.energy)
+        with torch.no_grad(): gap, _, _ = gaps(work.policy, d, run.method.energy, run.rows)
         margin = pair_margin(gap[::2], gap[1::2])
         for n, v in (("preference_loss", run.method.link(margin)), ("accuracy", (margin > 0).float())):
             rows.append(dict(image=o.id, seed=0, metric=n, variant="after", value=v.mean().item()))
@@ -425,10 +450,10 @@ def claim(run:Run, state)->Work|None: # None: it is done
     method, out = run.method, Path(run.out)
     check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
     park_scorers() # the policy samples first
-    whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift
+    whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
     with state.main_process_first():
-        policy = policy_of(run.base, run.data.prompts, state.device)
+        policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
@@ -443,8 +468,9 @@ def claim(run:Run, state)->Work|None: # None: it is done
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
             BASELINES[n](work.crops[0].lq[None, :, :16, :16])
         with torch.no_grad(): # a prompt that the network cannot read
-            policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops)]))
+            policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
         open_run(out, said) # the inputs are good: the folder is claimed
+        work.keep()
     return work
 
 def align(
@@ -458,18 +484,17 @@ def align(
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:
         print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
-    if run.samples: _ = work.bank # drawn by the bare base, whatever adapters come
-    _ = work.bounds # frozen on its rewards
+    if run.m: _ = work.bank # drawn by the bare base, whatever adapters come
+    if method.start: method.start.prepare(work)
+    banks = dict(before=work.before)
+    _ = work.bounds # all processes score
     drop_scorers() # nothing is scored before training has ended
     freed()
-    if method.start: method.start.prepare(work)
-    name = f"{'started-' if method.start else ''}before-{m}" if run.banks else "before"
-    banks = dict(before=work.sample(work.home/name, work.probes, m))
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
     weights, log = fit(work.policy, loss, loop, out, backward, memory)
-    loss = backward = memory = None # they hold the policy
+    loss = backward = memory = None # they hold pairs and states
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
@@ -480,7 +505,11 @@ def align(
 def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
     "Write the log and the adapters, of the last step and of the copy that is nearest to the drift"
     run, out = work.run, work.out
-    def anew():
+    def anew(): # FSDP has cut the base, too
+        work.policy = None
+        freed()
+        work.policy = policy_of(run.base, run.data.prompts, work.device, work.home/"texts")
+        work.keep()
         work.renew()
         add_trained(work.policy, run.base.options, run.rank, run.seed)
         return work.policy
@@ -500,7 +529,7 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
 
 def judge(work:Work, banks:dict[str, Path], state)->None:
     "Metrics of the banks, scored by all processes, and spectra; the metrics are written last"
-    judging, ids = work.run.judging, [o.id for o in work.probes]
+    judging, ids = work.run.judging, [o.id for o in work.probes.held]
     tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale,
                        device=work.device)]
     if state.is_main_process:

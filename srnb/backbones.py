@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import bicubic, generator, open_run, quantize, replace_file, write_json
+from .core import bicubic, generator, quantize, replace_file, to_bytes, to_floats, write_json
 from .paths import Flow, Shift, VP, VPEps, VPV, sample_ddim, sample_ddpm
 from .policies import EMPTY, Policy, bare_name, layers_of, parts_of, text_ids
 
@@ -94,6 +94,7 @@ class LatentCodec:
     vae:nn.Module = field(repr=False, compare=False)
     digest:str = ""   # of its weights
     factor:int = 4    # upscaling
+    kept:str|Path|None = field(default=None, repr=False, compare=False) # folder for latents of whole pictures
     scale = .5        # units of [0, 1] in one unit of the VAE's images, which lie in [-1, 1]
 
     @property
@@ -116,6 +117,19 @@ class LatentCodec:
         c, dev = self.vae.config, self.vae.device
         modes = [self.vae.encode((2*o[None].to(dev)-1).to(self.vae.dtype)).latent_dist.mode().float() for o in images]
         return (torch.cat(modes)-(c.shift_factor or 0.))*c.scaling_factor
+
+    def whole(self, images:Tensor)->Tensor:
+        "Latents of whole pictures (B,3,H,W), 8 bit or in [0, 1], on the CPU: float16 values, made once for all runs"
+        c, found = self.vae.config, []
+        how = f"{self.digest} {c.scaling_factor} {c.shift_factor} {self.vae.use_tiling} {tuple(images.shape[1:])}"
+        for o in to_bytes(images):
+            name = hashlib.blake2b(how.encode() + o.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+            file = Path(self.kept)/f"{name}.safetensors"
+            if not file.exists():
+                z = self.latents(to_floats(o[None]))[0].half().cpu()
+                replace_file(file, lambda tmp, z=z: save_file(dict(z=z), tmp))
+            found.append(load_file(file)["z"])
+        return torch.stack(found).float()
 
     def encode(self, gt:Tensor, lq:Tensor)->Tensor:
         "Clean z of (B,3,H,W) images"
@@ -365,29 +379,39 @@ def flux_branch(
 class Texts:
     "Encoded prompts by the numbers of `text_ids`"
     def __init__(self,
-        encode:Callable|None=None,  # prompts -> (text (B,L,D), pooled (B,P) or None); None: only what is in the folder
-        folder:str|Path|None=None,  # where to keep them; None: in memory alone
-        **key,                      # of the encoders: source, precision; a folder with another key is refused
+        encode:Callable|None=None,  # prompts -> rows of text (L,D) and perhaps pooled (P,); None: what is in the folder
+        folder:str|Path|None=None,  # where to read them, and where `save` puts them; None: in memory alone
+        **key,                      # of the encoders: source, files, precision
     ):
-        self.rows, self.encoder = {}, encode
-        self.folder = None if folder is None else open_run(folder, key)
+        self.rows, self.encoder, self.prompts = {}, encode, {} # by their numbers
+        self.folder, self.key = folder and Path(folder), json.dumps(key, sort_keys=True)
+
+    def file(self, prompt:str)->Path:
+        "Where a prompt's row lies: its name says which encoders made it, so one folder serves any number of bases"
+        name = hashlib.blake2b(f"{self.key} {prompt}".encode(), digest_size=16).hexdigest()
+        return self.folder/f"{name}.safetensors"
 
     def add(self, prompts:Iterable[str])->None:
         "Encode what is not there yet; the encoders are loaded at most once, and only if they are needed"
         missing = []
         for p, i in zip(unique := list(dict.fromkeys(prompts)), text_ids(unique).tolist(), strict=True):
             if i in self.rows: continue
-            file = self.folder and self.folder/f"{i:016x}.safetensors"
-            if file and file.exists(): self.rows[i] = load_file(file)
+            self.prompts[i] = p
+            if self.folder and self.file(p).exists(): self.rows[i] = load_file(self.file(p))
             else: missing.append((p, i))
         if not missing: return
         if self.encoder is None:
             raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
-        for (p, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
+        for (_, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
-            if self.folder:
-                file = self.folder/f"{i:016x}.safetensors"
-                replace_file(file, lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
+            if self.folder: # as they will be read back
+                self.rows[i] = {k: _two_bytes(v) for k, v in self.rows[i].items()}
+
+    def save(self)->None:
+        "Put every row into the folder that is not there yet"
+        for i, p in self.prompts.items():
+            if self.file(p).exists(): continue
+            replace_file(self.file(p), lambda tmp, i=i, p=p: save_file(self.rows[i], tmp, dict(prompt=p)))
 
     def __call__(self, ids:Tensor)->tuple[Tensor, Tensor|None]: # (B,) -> text, pooled
         try: rows = [self.rows[i] for i in ids.tolist()]
@@ -395,6 +419,14 @@ class Texts:
             raise ValueError(f"the prompt with the number {e} has not been encoded: "
                              "give all prompts when the backbone is loaded") from None
         return tuple(torch.stack([r[k] for r in rows]) if k in rows[0] else None for k in ("text", "pooled"))
+
+def _two_bytes(o:Tensor)->Tensor: # half precision; numbers that it cannot hold stay as they are
+    if o.dtype == torch.bfloat16 or o.abs().max() > torch.finfo(torch.float16).max: return o
+    return o.half()
+
+def _encoder_files(source:str)->list: # of a local folder, with size and time of change; a name on the Hub has none
+    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/*") if f.is_file())
+    return [[str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 def _sd_text(pipe, prompts, device, max_tokens): # one row a prompt
     return [dict(text=pipe.encode_prompt(p, device, 1, False)[0][0]) for p in prompts]
@@ -429,6 +461,11 @@ class Backbone(Policy):
         # what samples depend on beside the weights
         self.settings = guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale
 
+    def keep(self, folder:Path)->None:
+        "From now on encoded prompts and latents of whole pictures lie here, for other runs and for the next call"
+        if self.texts.folder: self.texts.save()
+        self.codec = replace(self.codec, kept=folder/"latents")
+
     def path_of(self, lq:Tensor): # the size alone matters
         return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta"))
 
@@ -459,7 +496,7 @@ class BackboneOptions:
     negative:str = NEGATIVE        # prompt, if guidance is classifier-free
     control_scale:float = 1.       # factor of the control branch's features
     max_tokens:int = 512           # of T5
-    texts:str|None = None          # folder for encoded prompts; None: kept in memory
+    texts:str|None = None          # folder for encoded prompts; None: in a run its own, elsewhere in memory
     prediction:str|None = None     # "epsilon", "v_prediction", "flow": what its scheduler has to say; None: any
     checkpointing:bool = False     # recompute activations in the backward pass
     tile_vae:bool = False          # encode and decode images above 512 pixels in tiles
@@ -597,6 +634,7 @@ def load_backbone(
     dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32 or bfloat16
     device:str|torch.device="cpu",
     prompts:Iterable[str]=(),           # that will be asked for; the empty and the negative prompt are always there
+    texts:str|Path|None=None,           # folder to read encoded prompts from, where options name none
 )->Backbone:
     "Read a backbone and its control branch as a policy; text encoders are loaded, asked and dropped first"
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -622,8 +660,10 @@ def load_backbone(
             pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
     guidance = kind.guidance if options.guidance is None else options.guidance
-    texts = Texts(encode, options.texts, encoders=source, max_tokens=options.max_tokens, dtype=str(dtype))
+    texts = Texts(encode, options.texts or texts, encoders=source, files=_encoder_files(source), dtype=str(dtype),
+                  max_tokens=options.max_tokens)
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
+    if options.texts: texts.save()
     texts.encoder = None # a prompt that comes late shall be an error and not a second load
     net = kind.net(source, dtype, options.control, options, trained_on)
     if options.checkpointing:

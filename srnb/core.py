@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
+           'to_bytes', 'to_floats', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
            'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table', 'versions',
            'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
 
@@ -121,10 +121,16 @@ def quantize(
     return images.clamp(0, 1).mul(255).round().div(255)
 
 def to_bytes(
-    images:Tensor, # any shape, [0, 1]
+    images:Tensor, # any shape, [0, 1], or uint8
 )->Tensor:         # the same shape, uint8
-    "Images as 8-bit integers"
-    return images.mul(255).round().byte().contiguous()
+    "Images as 8-bit integers; what is 8 bit already stays as it is"
+    return images if images.dtype == torch.uint8 else images.mul(255).round().byte().contiguous()
+
+def to_floats(
+    images:Tensor, # any shape, uint8, or in [0, 1]
+)->Tensor:         # the same shape, float32 in [0, 1]
+    "8-bit integers as images; what is an image already stays as it is"
+    return images.float().div(255) if images.dtype == torch.uint8 else images
 
 def bicubic(
     images:Tensor,          # (B,3,H,W), [0, 1]

@@ -35,7 +35,7 @@ from .paths import Shift
 from .policies import (EMPTY, PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
                            influence, save_pretrained, text_ids)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
-                          st_lpips_loss)
+                          drop_scorers, st_lpips_loss)
 from .runs import (Base, Data, Judging, add_trained, check_readable, check_unseen, claimed, dtype_of, evaluate,
                        is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
                        whole_again)
@@ -178,7 +178,7 @@ def train_network(
     policy:Policy,   # what training starts from; its network is trained
     seen:set[str],   # SHA-256 of the photographs that it then has seen
     learn:Callable,  # () -> log
-    judge:Callable|None=None, # (), after the policy is written
+    judge:Callable|None=None, # () -> metrics, after the policy is written
     save:Callable=save_pretrained, # (policy, folder)
     name:str="policy", # of the folder that it is written to
 )->Path:             # the run's folder
@@ -187,11 +187,13 @@ def train_network(
     with claimed(out, said) as state: # the inputs are good
         policy.net = policy.net.to(state.device)
         log = learn()
-        if state.is_main_process: # one process writes and judges
+        if state.is_main_process: # one process writes, all judge
             write_table(out/"log.parquet", log)
             write_json(out/name/"photos.json", sorted(seen))
             save(policy, out/name)
-            if judge: judge()
+        state.wait_for_everyone()
+        table = judge() if judge else None
+        if judge and state.is_main_process: write_table(out/"metrics.parquet", table)
         state.wait_for_everyone()
     return out
 
@@ -259,7 +261,8 @@ def evaluate_base(
     check_reads(policy)
     note = dict(degradation=record(data.degradation), size=data.size)
     bank = make_bank(out/"held_out", policy, pairs, m, steps, note=note)
-    table = evaluate(dict(sample=bank), [i for i, _, _ in pairs], metrics, mean=True)
+    table = evaluate(dict(sample=bank), [i for i, _, _ in pairs], metrics, mean=True,
+                     device=policy.device)
     write_table(out/"metrics.parquet", table)
     return table
 
@@ -353,6 +356,7 @@ def train_ctmsr(
     processes(run.loop, match.match_loop)
     refuse_fsdp()
     check_available(run.judges, (run.size, run.size))
+    drop_scorers() # nothing is scored before training has ended
     policy = run.policy(lambda: Policy(OneStepUNet(run.net), Shift(), Shift(), PixelCodec()))
     if not isinstance(policy.path, Shift):
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
@@ -379,5 +383,5 @@ def train_ctmsr(
     def judge():
         note = dict(degradation=record(run.degradation), size=run.size)
         bank = make_bank(out/"held_out", policy, probes, run.eval_m, 1, note=note)
-        write_table(out/"metrics.parquet", evaluate(dict(sr=bank), [i for i, _, _ in probes], run.judges))
+        return evaluate(dict(sr=bank), [i for i, _, _ in probes], run.judges, device=policy.device)
     return train_network(run, said, policy, seen, learn, judge)

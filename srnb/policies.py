@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'influence', 'check_reads',
            'layers_of', 'parts_of', 'usual_dtype', 'save_pretrained', 'policy_folder', 'check_policy',
-           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter']
+           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter', 'drop_adapters']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import hashlib
@@ -558,4 +558,15 @@ def load_adapter(
         raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
     policy.off = policy.off-{name} if on else policy.off | {name}
     _activate(policy, name if train else None)
+    return policy
+
+# %% ../nbs/11_policies.ipynb #11-lean42-1
+def drop_adapters(
+    policy:Policy, # its network is whole in this process
+)->Policy:         # the same, without adapters
+    "Take every adapter off: what stays is the network as it was before the first one"
+    if hasattr(policy.net, "peft_config"):
+        for _, layer in layers_of(policy.net): layer._active_adapter = [] # of a copied part the original shall stay
+        policy.net = policy.net.unload()
+    policy.off, policy._layers = set(), []
     return policy

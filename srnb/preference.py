@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SATURATED', 'pair_margin', 'dpo_loss', 'hinge_loss', 'group_margins', 'ranking_loss', 'group_loss', 'diagnostics',
-           'group_gradients', 'safeguard_scale', 'two_pass_backward']
+           'group_gradients', 'safeguard_scale', 'second_pass', 'two_pass_backward']
 
 # %% ../nbs/30_preference.ipynb #30-preference-004
 from collections.abc import Callable, Sequence
@@ -132,6 +132,24 @@ def safeguard_scale(
     return torch.where(ab < -aa, aa/-ab, torch.ones_like(aa))
 
 # %% ../nbs/30_preference.ipynb #30-preference-068
+def second_pass(
+    gap_of:Callable, # slice -> (b,) gaps of those candidates, with graph
+    gaps:Tensor,     # (n,) what it gave in the first pass
+    pull:Tensor,     # (n,) derivative of the loss by each of them
+    chunk:int,       # >= 1, candidates at once
+)->None:             # gradients are added to `.grad`, as `loss.backward()` does
+    "Backward through the gaps of one chunk after the other, each with its coefficient"
+    bound = 1e-5 + .01*gaps.detach().abs().max() # rounding is far below, another noise far above
+    for i in range(0, len(gaps), chunk):
+        part = slice(i, i+chunk)
+        gap = gap_of(part)
+        if not gap.requires_grad: raise ValueError("the gaps of gap_of carry no graph: nothing would be trained")
+        moved = (gap-gaps[part]).detach().abs().max()
+        if not moved <= bound:
+            raise ValueError(f"gap_of gave other gaps the second time, by up to {moved:.2g}; "
+                             "draw noise and dropout once, outside")
+        (gap*pull[part]).sum().backward()
+
 def two_pass_backward(
     gap_of:Callable,  # slice -> (b,) gaps of those candidates, with graph; called twice, must give the same values
     n:int,            # >= 1, candidates in all
@@ -150,13 +168,5 @@ def two_pass_backward(
     if pull is None:
         raise ValueError(f"loss_of must give one number made from the gaps, got shape {tuple(loss.shape)}, "
                          f"{'with' if loss.requires_grad else 'without'} graph; reduce it, and do not detach")
-    bound = 1e-5 + .01*gaps.detach().abs().max() # rounding is far below, another noise far above
-    for part in parts:
-        gap = gap_of(part)
-        if not gap.requires_grad: raise ValueError("the gaps of gap_of carry no graph: nothing would be trained")
-        moved = (gap-gaps[part]).detach().abs().max()
-        if not moved <= bound:
-            raise ValueError(f"gap_of gave other gaps the second time, by up to {moved:.2g}; "
-                             "draw noise and dropout once, outside")
-        (gap*pull[part]).sum().backward()
+    second_pass(gap_of, gaps, pull, chunk)
     return loss.detach()

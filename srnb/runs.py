@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .backbones import BackboneOptions, is_backbone, load_backbone
 from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
-from .core import bicubic, open_run, seed_of, write_table
+from .core import bicubic, open_run, seed_of, to_bytes, write_table
 from .curation import Group, read_group, score_bank, score_table
 from .data import check_disjoint, embedded_photos, find_photos, make_pair, split_photos
 from .degrade import RESSHIFT_TEST, Degradation
@@ -128,10 +128,10 @@ def inputs_of(
     stride:int,              # all of them as in `photo_sets`
     name:str|None,
     policy:Policy|None=None,
-)->tuple[list, list]:        # crops and probes, (id, lq, gt) each
+)->tuple[list, list]:        # crops and probes, (id, lq, gt) each, 8 bit
     "What a run looks at"
     train, test = photo_sets(data, stride, name, policy)
-    def pair(p, k=0): return make_pair(p, data.size, data.degradation, place=k)
+    def pair(p, k=0): return map(to_bytes, make_pair(p, data.size, data.degradation, place=k))
     crops = [(f"{p.id}-{k}", *pair(p, k)) for p in train for k in range(data.places)]
     return crops, [(p.id, *pair(p)) for p in test]
 
@@ -203,12 +203,13 @@ def policy_of(
     base:Base,
     prompts:str|None=None, # JSON file, for a backbone that reads text
     device:str|torch.device="cpu",
+    texts:str|Path|None=None, # folder to read encoded prompts from, where `base.options` names none
 )->Policy:                 # without adapters
     "The base that a config names: a small policy, or a backbone with its prompts encoded"
     dtype, path = dtype_of(base.precision), PATHS[base.path]
     if is_backbone(base.backbone):
         told = sorted(set((prompts_of(prompts) or {}).values()))
-        policy = load_backbone(base.backbone, base.options, path, dtype, device, told)
+        policy = load_backbone(base.backbone, base.options, path, dtype, device, told, texts)
     else:
         if base.options != BackboneOptions():
             raise ValueError(f"options are for a backbone of room 12; {base.backbone} is a small policy")
@@ -302,7 +303,7 @@ def whole_again(
 def kept_drifts(
     folder:Path,        # of a finished stage that kept copies
     policy:Policy,      # its adapter is left at the last copy
-    groups:list[Group], # with the photographs in place of samples
+    groups:Sequence[Group], # with the photographs in place of samples
     patch:int,          # pixels
     target:float,       # a drift; 0: the last copy is chosen
 )->pd.DataFrame:        # step, drift in the square of the prediction's unit, chosen: nearest to the target
@@ -324,12 +325,12 @@ def kept_drifts(
 @dataclass(frozen=True)
 class Judging(Checked):
     "What ranks candidates, and what judges the result"
-    reward:Reward|None = OFFLINE # ranks the candidates; its scale is frozen on them; None: metrics alone
-    m:int = 8                    # samples of a training crop, if a reward or a choice needs them
+    reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
+    m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
     def check(self):
-        self.at_least(1, "m", "eval_m")
+        self.at_least(1, "eval_m", *(["m"] if self.m is not None else []))
         if self.reward is None and not self.judges: raise ValueError("Judging.judges must name at least one metric")
         known = {}
         for m in self.metrics:
@@ -346,7 +347,7 @@ def evaluate(
     ids:list[str],            # held-out photographs
     metrics:Sequence[Metric], # including the reward's
     reward:Reward|None=None,  # None: metrics alone
-    bounds:GlobalBounds|None=None, # frozen on the training bank: one scale for all variants
+    bounds:GlobalBounds|None=None, # frozen on samples from before: one scale for all variants
     scale:float=1.,           # of the codec, for `moved`
     mean:bool=False,          # also judge the pixel-wise mean of the first bank's samples
     device:str|torch.device="cpu", # that computes the metrics

@@ -84,13 +84,15 @@ def plans_of(
                    eight_bit=loop.optimiser == "adamw_8bit", parts=loop.parts, average=loop.ema > 0)
     if alone: return [plan(architecture, run.patch, run.batch, way, **how)] # supervised, without a reference
     method, losers = run.method, run.method.losers
-    states, online, wanted = losers.states(run), isinstance(losers, Own), run.judging.m if run.samples else 1
+    states, online, wanted = losers.states(run), isinstance(losers, Own), run.m
     batch = min(run.base.sample_batch or 8, max(wanted, run.judging.eval_m)) # 8: `Policy.sample` on a card
     others = [run.rank]*(method.start is not None) + [run.rank]*online # the start; the snapshot
     if isinstance(losers, Adversary): others.append(losers.adversary_rank)
     if not isinstance(losers, Nobody): way = replace(way, rows=2)
     way = replace(way, frozen=(method.link is not None)+losers.forwards(run)/states, others=tuple(others),
                   apart=method.safeguard or online)
+    if run.rows: # a piece of a micro-batch, beside the gradients of earlier ones; with the forward of the first pass
+        states, way = min(run.rows, states), replace(way, rows=1, frozen=way.frozen+1, parts=max(2, loop.parts))
     return [plan(architecture, run.data.size, batch, **how),
             plan(architecture, run.patch, states//way.rows, way, **how)]
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 KINDS, METHODS = ("sd", "sdxl", "flux"), ("dp2o", "asasr", "dro")
 NOTEBOOK = dict(sd="dp2o", sdxl="asasr", flux="dro") # the runs that a notebook makes; the command makes the others
 BASE = dict(versions=0, max_side=160, batch=1, precision="no", steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3)
-ALIGNED = dict(size=64, places=1, take=2, sample_steps=1, eval_m=1, precision="no", patch=64, batch=1, lr=1e-2)
+ALIGNED = dict(size=64, places=1, take=2, sample_steps=1, eval_m=1, precision="no", patch=64, batch=1, lr=5e-2)
 OWN = dict( # of each method: a few updates, a checkpoint at each
     dp2o=dict(m=2, n=1, steps=3, rank=4),
     asasr=dict(steps=3, rank=4, adversary_rank=4, outputs="bicubic;base", drift=0., start_steps=2, imitation_steps=2),
@@ -111,5 +111,6 @@ def test_aligned(top, root, kind, method, command, forked):
     load_adapter(policy, folder/"cut"/"adapter")
     lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
     before, theirs = in_diffusers(folders, kind, policy, lq, folder/"cut"/"adapter")
-    check_close(latents_of(policy, lq), theirs, atol=1e-4*theirs.abs().max().item())
-    assert (theirs-before).abs().max() > 1e-3*theirs.abs().max()
+    moved = (theirs-before).abs().max()
+    assert moved > 1e-4*theirs.abs().max()
+    check_close(latents_of(policy, lq), theirs, atol=.02*moved.item())

@@ -1,5 +1,6 @@
 """Fixture 7: hierarchical weights have mean one, and no affine change of a raw metric moves rewards, pairs or weights;
 banks made by many processes"""
+import functools
 import json
 import os
 import random
@@ -17,8 +18,8 @@ from filelock import FileLock
 
 from srnb import curation
 from srnb.core import check_close, generator, quantize
-from srnb.curation import (finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight, make_bank,
-                           read_group, score_bank, share, top_bottom)
+from srnb.curation import (MadeHere, finished_groups, group_seeds, hpo_weights, inter_weight, intra_weight, make_bank,
+                           ray_engine, read_group, score_bank, share, top_bottom)
 from srnb.nets import SmallUNet, UNetConfig
 from srnb.policies import Policy
 from srnb.rewards import OFFLINE, PSNR_Y, SSIM_Y, GroupMinMax, hybrid
@@ -336,3 +337,91 @@ def test_read_only(whole, monkeypatch):
     def refused(*a, **k): raise AssertionError("a lock was asked for")
     monkeypatch.setattr(curation.FileLock, "acquire", refused)
     assert score_bank(unasked(whole[0]), [SSIM_Y, PSNR_Y]).equals(whole[1])
+
+
+# ---------------------------------------------------------------- a cluster
+
+LAME = "raise ImportError('what jsonschema does without takes seconds to import, in each of the processes of Ray')"
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory):
+    "A local Ray of two CPUs, whose workers find this module; gone afterwards"
+    (folder := tmp_path_factory.mktemp("ray")/"quick").mkdir()
+    (folder/"rfc3987_syntax.py").write_text(LAME)
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (folder, here, here.parent))))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield ray
+        ray.shutdown()
+
+
+class Mortal(Policy):
+    "Notes what it samples; at its third group the first process that comes to it ends"
+    def __init__(self, net, names, journal):
+        super().__init__(net)
+        self.names, self.journal = names, journal
+
+    def sample(self, lq, seeds, *rest):
+        name = self.names[seeds[0]]
+        with open(self.journal, "a") as f: f.write(f"{os.getpid()} {name}\n")
+        if name == "photo2":
+            try: os.mkdir(f"{self.journal}.died")
+            except FileExistsError: pass
+            else: os._exit(1)
+        return super().sample(lq, seeds, *rest)
+
+
+def mortal(journal):
+    policy, pairs = inputs()
+    return Mortal(policy.net, {group_seeds(i, 3)[0]: i for i, _, _ in pairs}, journal)
+
+
+@pytest.mark.slow
+def test_ray(whole, tmp_path, ray, monkeypatch):
+    "Two workers, one of them killed: the bank and its scores are those of one process, and a second call does nothing"
+    journal, engine = tmp_path/"journal", ray_engine(2)
+    policy, (_, pairs) = MadeHere(functools.partial(mortal, journal)), inputs()
+    monkeypatch.chdir(tmp_path)
+    make_bank("bank", policy, pairs, 3, 2, engine=engine)
+    said = [line.split() for line in journal.read_text().splitlines()]
+    names = Counter(name for _, name in said)
+    assert len({pid for pid, _ in said}) == 3 and Path(f"{journal}.died").exists()
+    assert names == Counter({f"photo{k}": 1+(k == 2) for k in range(GROUPS)})
+    assert score_bank("bank", [PSNR_Y, SSIM_Y], engine=engine).equals(whole[1])
+    assert tree(tmp_path/"bank") == tree(whole[0])
+    monkeypatch.setattr(ray.data, "from_items", None)
+    make_bank("bank", policy, pairs, 3, 2, engine=engine)
+    assert score_bank("bank", [SSIM_Y, PSNR_Y], engine=engine).equals(whole[1])
+    assert len(journal.read_text().splitlines()) == len(said)
+
+
+def fail(i):
+    if i == "b": raise ValueError("no such picture")
+    if i == "c": os._exit(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids, message", [("ab", "groups: b: ValueError: no such picture"),
+                                          ("c", "workers died of a group again and again")])
+def test_ray_tells_what_went_wrong(tmp_path, ray, ids, message):
+    engine = ray_engine(1, tries=1)
+    with pytest.raises(RuntimeError, match=message): engine(tmp_path, list(ids), lambda i: False, fail)
+
+
+def test_a_policy_that_is_made_where_it_is_used(whole):
+    "What is sent is the function; the policy's answers and its fingerprint are its own"
+    made = []
+    def make():
+        made.append(1)
+        return inputs()[0]
+    there = MadeHere(make)
+    assert not made and MadeHere.__reduce__(there) == (MadeHere, (make,)) and not made
+    assert curation.fingerprint(there) == curation.fingerprint(inputs()[0]) and there.sampler is there.sampler
+    assert made == [1]
+    with pytest.raises(AttributeError, match="no_such"): _ = there.no_such

@@ -91,6 +91,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         dp2o=lambda: dp2o,
         more=lambda: replace(dp2o, loop=replace(LOOP, parts=4, ema=.5)), # two micro-batches a process
         guarded=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True)),
+        rows=lambda: replace(dp2o, rows=1),
+        guarded_rows=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True), rows=1),
         given=lambda: adversarial(Given(("base",))),
         riesz=lambda: adversarial(Riesz(.003)),
         adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
@@ -114,7 +116,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
     return both
 
 
-ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow) for o in ("guarded", "given", "online", "riesz"))]
+ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
+                              for o in ("guarded", "given", "online", "riesz", "guarded_rows"))]
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -123,9 +126,10 @@ def test_two_are_one(runs, name):
     same_result(one, two)
 
 
-def test_sums(runs):
-    "With two micro-batches in each process only the order of the sum differs"
-    one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs("more"))
+@pytest.mark.parametrize("name", ["more", pytest.param("rows", marks=slow)])
+def test_sums(runs, name):
+    "With two micro-batches in each process, or with one in pieces, only the order of the sum differs"
+    one, two = (load_file(o/"adapter"/"adapter_model.safetensors") for o in runs(name))
     assert one.keys() == two.keys() and all((one[k]-two[k]).norm() <= 1e-2*one[k].norm() for k in one)
     assert any(v.abs().sum() > 0 for k, v in one.items() if "lora_B" in k)
 
