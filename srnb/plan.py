@@ -486,6 +486,7 @@ def plan(
         raise ValueError(f"tile must be a multiple of 64 pixels or None, got {tile}")
     name, width = NAMES[dtype], dtype.itemsize
     def flops(training): return cost(architecture, size, training, 2, dtype=dtype).flops//2 # of a row
+    forward = flops(None)
     nets, trained = _sizes(architecture, training and _form_of(training), dtype)
     (weights, decode), (_, encode) = [_vae(architecture.vae, size, tile, e) for e in (False, True)]
     texts = [_text(n, t, dtype) for n, t in architecture.texts]
@@ -495,7 +496,7 @@ def plan(
         rows = batch*architecture.rows
         peak = course_of(architecture, size, None, rows, dtype)[:, 0].max()
         momentary = {"activations": int(peak), "VAE decodes": decode}
-        work = rows*flops(None)
+        work = rows*forward
     else:
         n, rows = sum(trained), batch*training.rows
         course = course_of(architecture, size, _form_of(training), rows, dtype)
@@ -506,7 +507,7 @@ def plan(
         if training.average: resident["average"] = 4*n
         if training.apart: resident["gradients apart"] = 8*n
         momentary = {"activations": int(peak), "VAE encodes": encode, "AdamW steps": 0 if training.eight_bit else 4*n}
-        step, forward = flops(training), flops(None)
+        step = flops(training)
         work = int(rows*(step+training.apart*(step-forward)+training.frozen*forward)) # apart: a second backward
     resident["allowance"] = allowance
     return Plan(architecture.name, size, batch, training, resident, momentary, before, work)
