@@ -537,6 +537,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'srnb.onestep.Patches.check': ('onestep.html#patches.check', 'srnb/onestep.py'),
                               'srnb.onestep.Patches.fits': ('onestep.html#patches.fits', 'srnb/onestep.py'),
                               'srnb.onestep.Patches.policy': ('onestep.html#patches.policy', 'srnb/onestep.py'),
+                              'srnb.onestep._shown': ('onestep.html#_shown', 'srnb/onestep.py'),
                               'srnb.onestep.evaluate_base': ('onestep.html#evaluate_base', 'srnb/onestep.py'),
                               'srnb.onestep.onestep_batch': ('onestep.html#onestep_batch', 'srnb/onestep.py'),
                               'srnb.onestep.onestep_loss': ('onestep.html#onestep_loss', 'srnb/onestep.py'),

@@ -485,7 +485,8 @@ def plan(
     if tile is not None and (tile < 64 or tile%64):
         raise ValueError(f"tile must be a multiple of 64 pixels or None, got {tile}")
     name, width = NAMES[dtype], dtype.itemsize
-    forward = cost(architecture, size, dtype=dtype)
+    def flops(training): return cost(architecture, size, training, 2, dtype=dtype).flops//2 # of a row
+    forward = flops(None)
     nets, trained = _sizes(architecture, training and _form_of(training), dtype)
     (weights, decode), (_, encode) = [_vae(architecture.vae, size, tile, e) for e in (False, True)]
     texts = [_text(n, t, dtype) for n, t in architecture.texts]
@@ -495,10 +496,9 @@ def plan(
         rows = batch*architecture.rows
         peak = course_of(architecture, size, None, rows, dtype)[:, 0].max()
         momentary = {"activations": int(peak), "VAE decodes": decode}
-        flops = rows*forward.flops
+        work = rows*forward
     else:
         n, rows = sum(trained), batch*training.rows
-        step = cost(architecture, size, training, dtype=dtype)
         course = course_of(architecture, size, _form_of(training), rows, dtype)
         # gradients come while activations go, unless those of an earlier micro-batch are there
         peak = course[:, 0].max() if training.parts > 1 else (course.sum(1).max()-4*n).clamp(min=0)
@@ -507,10 +507,10 @@ def plan(
         if training.average: resident["average"] = 4*n
         if training.apart: resident["gradients apart"] = 8*n
         momentary = {"activations": int(peak), "VAE encodes": encode, "AdamW steps": 0 if training.eight_bit else 4*n}
-        again = step.flops-forward.flops # of the backward
-        flops = int(rows*(step.flops+training.apart*again+training.frozen*forward.flops))
+        step = flops(training)
+        work = int(rows*(step+training.apart*(step-forward)+training.frozen*forward)) # apart: a second backward
     resident["allowance"] = allowance
-    return Plan(architecture.name, size, batch, training, resident, momentary, before, flops)
+    return Plan(architecture.name, size, batch, training, resident, momentary, before, work)
 
 def _fill(p:Plan, of:Callable[[int], Plan], capacity:int)->Plan: # the last that fits; p, of batch 1, does
     small, large = p, of(2)

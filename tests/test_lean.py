@@ -235,7 +235,9 @@ def of_small(tiny, out, method, **judging):
                Judging(**told), FEW, rank=2, batch=2, patch=32)
 
 
-@pytest.mark.parametrize("method", [METHODS["dro"], Method(), ASASR_SMALL], ids=["dro", "sft", "asasr"])
+@pytest.mark.parametrize("method", [
+    METHODS["dro"], pytest.param(Method(), marks=SLOW), pytest.param(ASASR_SMALL, marks=SLOW)],
+    ids=["dro", "sft", "asasr"])
 def test_no_samples_that_nobody_trains_on(tiny, drawn, tmp_path, method):
     """The reward's scale is that of the held-out samples before: two photographs are sampled, twice. With M said, the
     training crops are, too, and the adapter stays the same bit for bit"""
@@ -265,8 +267,10 @@ def test_who_needs_samples_has_eight():
 # ---------------------------------------------------------------- a few states at a time
 
 @pytest.mark.parametrize("method", [
-    Method(winners=Top(2), losers=Bottom(), link=Logistic(10.)), replace(METHODS["dro"], losers=Own(2, 4, 2, 2)),
-    Method(SobolevEnergy(1.5), Top(2), Bottom(), Hinge(1.), safeguard=True), Method(link=Hinge(.01))],
+    Method(winners=Top(2), losers=Bottom(), link=Logistic(10.)),
+    pytest.param(replace(METHODS["dro"], losers=Own(2, 4, 2, 2)), marks=SLOW),
+    Method(SobolevEnergy(1.5), Top(2), Bottom(), Hinge(1.), safeguard=True),
+    pytest.param(Method(link=Hinge(.01)), marks=SLOW)],
     ids=["hpo", "own", "safeguard", "gated"])
 def test_rows(tiny, tmp_path, method):
     "A run in pieces of three states ends where one in whole batches does, to rounding; its evaluations are counted"

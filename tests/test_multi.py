@@ -22,7 +22,7 @@ from srnb.config import record
 from srnb.curation import finished_groups, read_group
 from srnb.degrade import RESSHIFT_TEST
 from srnb.nets import OneStepConfig
-from srnb.onestep import CTMSRRun, Match
+from srnb.onestep import BaseRun, CTMSRRun, Match
 from srnb.pairs import Logistic
 from srnb.runs import Base, Data, Judging
 from srnb.spectral import SobolevEnergy
@@ -100,7 +100,9 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
         online=online,
         ctmsr=ctmsr,
-        flux=flux)
+        flux=flux,
+        branch=lambda: BaseRun("", init=str(write_tiny("flux", top/"flux")), versions=1, max_side=160, batch=1,
+                               precision="no", loop=replace(LOOP, steps=2, log_every=1, ema=.5)))
     made = {name: functools.cache(make) for name, make in made.items()}
 
     @functools.cache
@@ -108,9 +110,9 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
     @functools.cache
     def both(name):
-        fsdp, out = name == "fsdp", top/"two"/name
-        single = one("flux" if fsdp else name)
-        config = said(made["flux" if fsdp else name](), out)
+        fsdp, out = name.startswith("fsdp-"), top/"two"/name
+        alone = name.removeprefix("fsdp-")
+        single, config = one(alone), said(made[alone](), out)
         done = team(forked_for_all, work, config, 2, fsdp, **SHARED if fsdp else {})
         assert not any(o.wait() for o in done), "".join(o.err for o in done)
         if fsdp: assert any("resumed at step 2" in o.out for o in done)
@@ -146,7 +148,7 @@ def test_one_step(runs):
 
 
 @slow
-@pytest.mark.parametrize("name", ["flux", "fsdp"])
+@pytest.mark.parametrize("name", ["flux", "fsdp-flux"])
 def test_close(runs, name):
     """A transformer's matrix products may round differently from process to process: what two learn is what one learns,
     to that; FSDP writes it whole"""
@@ -159,6 +161,20 @@ def test_close(runs, name):
     assert moved > .1 and apart < .2*moved, (moved, apart)
     a, b = (pd.read_parquet(o/"log.parquet") for o in runs(name))
     assert len(a) == 2 and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
+
+
+@slow
+@pytest.mark.parametrize("name", ["branch", "fsdp-branch"])
+def test_branch(runs, name):
+    "A control branch that two processes train to read, whole or in pieces, is that of one, to rounding"
+    one, two = (load_file(o/"control"/"diffusion_pytorch_model.safetensors") for o in runs(name))
+    start = load_backbone(runs("branch")[0].parent.parent/"flux").net.controlnet.state_dict()
+    assert one.keys() == two.keys() == start.keys()
+    moved = sum((one[k]-start[k]).square().sum() for k in one).sqrt()
+    apart = sum((one[k]-two[k]).square().sum() for k in one).sqrt()
+    assert moved > .01 and apart < .2*moved, (moved, apart)
+    a, b = (pd.read_parquet(o/"log.parquet") for o in runs(name))
+    assert len(a) == 2 and "influence" in a and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp"])
