@@ -105,7 +105,7 @@ class Work:
         for k in range(min(self.run.judging.show, len(self.probes))):
             o = self.probes[k]
             sr = self.policy.sample(o.lq[None], [0], self.steps, self.sampler, prompts=[o.prompt])
-            sr = self.run.base.colour.images(sr[0], o.lq[None], self.policy.codec)[0]
+            sr = self.run.base.colour.images(sr[0], o.lq, self.policy.codec)[0]
             row = torch.cat([bicubic(o.lq[None], o.gt.shape[-2:])[0], sr, o.gt], 2)
             log_pictures(trackers, {f"held out/{o.id}": row}, step)
 

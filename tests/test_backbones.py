@@ -24,6 +24,7 @@ from srnb import backbones
 from srnb.align import DP2O, Run, Top, Work, align
 from srnb.backbones import (NEGATIVE, BackboneError, BackboneOptions, _reading, is_backbone, load_backbone, pack,
                             unpack, write_tiny, write_tiny_control)
+from srnb.colour import Colour
 from srnb.config import fill
 from srnb.core import check_close, generator, quantize, to_bytes
 from srnb.curation import Group, fingerprint, group_seeds, read_group
@@ -143,7 +144,8 @@ def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_pa
     "In losers that other models give, too; of the photograph and not of its neighbour"
     (tmp_path/"prompts.json").write_text(json.dumps(dict(p0="", p1="a tree")))
     policy, inputs = backbone(folders, "sd"), [(o.id, o.lq, o.gt) for o in groups()]
-    data, base = Data(size=64, prompts=str(tmp_path/"prompts.json")), Base(str(folders["sd"]), sample_steps=1)
+    data = Data(size=64, prompts=str(tmp_path/"prompts.json"))
+    base = Base(str(folders["sd"]), sample_steps=1, colour=Colour("none"))
     work = Work(Run(str(tmp_path/"run"), data=data, base=base), policy, inputs, [])
     empty, told = work.outputs(("base",), work.crops)
     for o, prompt in ((empty, ""), (told, "a tree")):
@@ -199,7 +201,7 @@ def test_run(folders, tmp_path, kind, train, precision):
     options = BackboneOptions(control=str(folders[f"{kind}-control"]), train=train)
     run = Run(str(tmp_path/"out"), replace(DP2O, winners=Top(1)),
               Data(size=64, places=1, take=1, prompts=str(tmp_path/"prompts.json")),
-              Base(str(folders[kind]), precision=precision, sample_steps=2, options=options),
+              Base(str(folders[kind]), precision=precision, sample_steps=2, options=options, colour=Colour("none")),
               Judging("offline_nr", m=2, judges=("psnr_y",), eval_m=1),
               Loop(steps=2, lr=1e-2, warmup=1, log_every=1, save_every=2), rank=4, batch=1, patch=64)
     out = align(run)
@@ -208,7 +210,8 @@ def test_run(folders, tmp_path, kind, train, precision):
     policy = load_backbone(folders[kind], options, dtype=dtype_of(precision), prompts=["a tree"])
     def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
     moved = (before.sr-after.sr).abs().mean()
-    rounding = 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
+    # a run keeps prompts in float16, which moves single pixels by a step; bfloat16's products round as memory lies
+    rounding = 1e-5 if precision == "no" else .01
     assert moved > 2*rounding and (sample()-before.sr).abs().mean() < rounding
     load_adapter(policy, out/"adapter")
     if train == "whole":
