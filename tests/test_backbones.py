@@ -146,9 +146,11 @@ def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_pa
     data, base = Data(size=64, prompts=str(tmp_path/"prompts.json")), Base(str(folders["sd"]), sample_steps=1)
     work = Work(Run(str(tmp_path/"run"), data=data, base=base), policy, inputs, [])
     empty, told = work.outputs(("base",), work.crops)
+    def sampled(o, prompt):
+        return base.colour.images(policy.sample(o.lq[None], [0], 1, prompts=[prompt])[0], o.lq, policy.codec)
     for o, prompt in ((empty, ""), (told, "a tree")):
-        assert torch.equal(o.sr, policy.sample(o.lq[None], [0], 1, prompts=[prompt])[0])
-    assert not torch.equal(told.sr, policy.sample(told.lq[None], [0], 1)[0])
+        assert torch.equal(o.sr, sampled(o, prompt))
+    assert not torch.equal(told.sr, sampled(told, ""))
 
 
 def latents_of_diffusers(pipe, policy, lq): # two steps of its own pipeline, with the noise of `seed 7`
@@ -205,8 +207,10 @@ def test_run(folders, tmp_path, kind, train, precision):
     out = align(run)
     before, after = (read_group(out/n, ids[1]) for n in ("before", "bank-after"))
     assert before.prompt == "a tree" and (before.sr-after.sr).abs().max() > 1/255
-    policy = load_backbone(folders[kind], options, dtype=dtype_of(precision), prompts=["a tree"])
-    def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
+    policy = load_backbone(folders[kind], options, None, dtype_of(precision), prompts=["a tree"], texts=out/"texts")
+    def sample():
+        sr = policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
+        return run.base.colour.images(sr, before.lq, policy.codec)
     moved = (before.sr-after.sr).abs().mean()
     rounding = 1e-6 if precision == "no" else .01 # bfloat16's matrix products round as memory happens to lie
     assert moved > 2*rounding and (sample()-before.sr).abs().mean() < rounding
