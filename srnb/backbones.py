@@ -160,7 +160,7 @@ class LatentCodec:
 
 # %% ../nbs/12_backbones.ipynb #12-lean21-02
 def weight_files(
-    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here
+    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here, with its @revision
     part:str="",           # folder inside it
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
@@ -248,8 +248,9 @@ def digest_of(
     h.update(files.encode())
     for n, p in sorted(net.state_dict().items()):
         n = n.removeprefix("module.")
-        if files and weights.sums.get(bare_name(n)) == checksum(p): continue # its file is hashed
-        h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
+        if files and weights.sums.get(bare_name(n)) == checksum(p): # its file is hashed, and what it was turned into
+            h.update(f"{bare_name(n)} {p.dtype}".encode())
+        else: h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
     return h.hexdigest()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-022

@@ -531,11 +531,12 @@ def largest(
 )->Plan:
     "The first way that fits, with its largest batch; DoesNotFit if none does"
     if not ways: raise ValueError("ways must name at least one way")
-    plans = [plan(architecture, size, 1, way, tile, allowance) for way in ways]
-    for p in plans:
-        if p.bytes <= capacity:
-            more = partial(plan, architecture, size, training=p.training, tile=tile, allowance=allowance)
-            return _fill(p, more, capacity)
+    plans = []
+    for way in ways:
+        plans.append(plan(architecture, size, 1, way, tile, allowance))
+        if plans[-1].bytes <= capacity:
+            more = partial(plan, architecture, size, training=way, tile=tile, allowance=allowance)
+            return _fill(plans[-1], more, capacity)
     best = min(plans, key=lambda p: p.bytes)
     raise DoesNotFit(f"{best.architecture} at {size}² needs {best.bytes/GB:.1f} GB for a batch of 1, there are "
                      f"{capacity/GB:.1f} GB. {advice(best, capacity)}\n{best}")

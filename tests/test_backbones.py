@@ -477,6 +477,17 @@ def test_changed_file(folders, tmp_path):
     assert after != first and fingerprint(policy) not in ("", after)
 
 
+def test_what_the_files_were_turned_into(folders):
+    "Weights of one file in two types have two fingerprints, whatever else the policy says of itself"
+    policy = backbone(folders, "sd")
+    first, files = fingerprint(policy), {"unet.": [f for f in policy.weights.files if f.parent.name == "unet"]}
+    policy.weights = backbones.weights_of(policy.net, files)
+    whole = fingerprint(policy) # the branch is hashed from memory
+    policy.net.unet.half()
+    policy.weights = backbones.weights_of(policy.net, files)
+    assert len({first, whole, fingerprint(policy)}) == 3
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_note_of_a_digest(tmp_path, monkeypatch, beside):
     "It lies beside the file, or in the Hub's cache where nothing can be written there; a damaged one is made anew"
@@ -503,6 +514,7 @@ def test_weight_files(tmp_path, monkeypatch):
     (unet.parents[2]/"refs"/"main").write_text("1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
     def found(*args): return [f.name for f in backbones.weight_files(*args)]
-    assert found(unet.parent, "unet") == found("owner/name", "unet") == names[1:3]
+    assert found(unet.parent, "unet") == found("owner/name", "unet") == names[1:3] == found("owner/name@main", "unet")
+    assert found("owner/name@other", "unet") == []
     assert found(unet.parent, "unet", "fp16") == found("owner/name", "unet", "fp16") == names[3:]
     assert found(unet/names[1]) == names[1:2] and found("owner/other", "unet") == found(tmp_path/"none") == []

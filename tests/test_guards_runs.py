@@ -166,7 +166,7 @@ EVERY = { # of every Run
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
     "judging.show": (1, ""),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
-    "budget": (four_updates, "log adapter kept"), "rows": (1, "log"),
+    "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
