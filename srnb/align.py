@@ -24,7 +24,7 @@ from .adversary import adversary_loser, riesz_loser
 from .backbones import Backbone
 from .baselines import BASELINES
 from .config import Checked, leaves, name_of, own_files, record
-from .core import open_run, run_done, seed_of, to_bytes, write_table
+from .core import bicubic, open_run, run_done, seed_of, to_bytes, write_table
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
                            make_outputs, read_bytes, score_bank, top_bottom)
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
@@ -36,7 +36,7 @@ from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
-from .training import Loop, fit, processes, put, refuse_fsdp
+from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/42_align.ipynb #42-align-006
 class Work:
@@ -99,6 +99,15 @@ class Work:
         "Reward of every sample of the bank, scaled in its group or on the frozen scale"
         scale = self.bounds if frozen else GroupMinMax()
         return bank_reward(self.scores, self.run.judging.reward, self.ids, scale)
+
+    def show(self, step:int, trackers:list)->None:
+        "Input, sample and photograph, side by side, of the first held-out photographs: for `fit` to call as it goes"
+        for k in range(min(self.run.judging.show, len(self.probes))):
+            o = self.probes[k]
+            sr = self.policy.sample(o.lq[None], [0], self.steps, self.sampler, prompts=[o.prompt])
+            sr = self.run.base.colour.images(sr[0], o.lq, self.policy.codec)[0]
+            row = torch.cat([bicubic(o.lq[None], o.gt.shape[-2:])[0], sr, o.gt], 2)
+            log_pictures(trackers, {f"held out/{o.id}": row}, step)
 
     def outputs(self, names:tuple[str, ...], groups:WhenAsked)->Sequence[Group]: # `crops`, or `probes`
         "Outputs of other models, in place of samples"
@@ -480,6 +489,7 @@ def align(
     loops = [o for _, o in leaves(run).values() if isinstance(o, Loop)] # of every stage
     method, out, state = run.method, Path(run.out), processes(*loops)
     work = claim(run, state)
+    check_shared(out)
     if work is None: return out
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:
@@ -493,7 +503,7 @@ def align(
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
-    weights, log = fit(work.policy, loss, loop, out, backward, memory)
+    weights, log = fit(work.policy, loss, loop, out, backward, memory, work.show if run.judging.show else None)
     loss = backward = memory = None # they hold pairs and states
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:

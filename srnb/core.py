@@ -6,7 +6,7 @@
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
            'to_bytes', 'to_floats', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
            'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table', 'versions',
-           'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
+           'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -17,6 +17,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -292,12 +293,18 @@ def write_table(
 # %% ../nbs/00_core.ipynb #00-core-038
 def versions()->dict: # package -> version
     "What this run was computed with"
-    names = ["srnb", "torch", "numpy", "pandas", "pillow", "accelerate", "peft", "pyiqa", "lpips", "stlpips-pytorch"]
+    names = ["srnb", "torch", "numpy", "pandas", "pillow", "accelerate", "peft", "diffusers", "transformers",
+             "bitsandbytes", "pyiqa", "lpips", "stlpips-pytorch"]
     found = {"python": platform.python_version()}
     for n in names:
         try: found[n] = metadata.version(n)
         except metadata.PackageNotFoundError: pass
     return found
+
+def gpus()->dict: # name -> number
+    "The GPUs of this machine that the process sees"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return dict(Counter(torch.cuda.get_device_name(k) for k in range(count)))
 
 def git_revision()->str|None: # None outside a checkout
     "Revision of the checkout that srnb was imported from, with `+` if it has uncommitted changes"
@@ -338,8 +345,9 @@ def open_run(
         if out.exists() and any(not p.name.startswith(".part-") for p in out.iterdir()):
             raise RunOccupied(f"{out} is not empty and holds no config.json; give another out_dir")
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write_json(config, dict(params=params, versions=versions(), git=git_revision(), cpus=os.cpu_count(),
-                                machine=platform.machine(), created=now))
+        write_json(config, dict(params=params, versions=versions(), git=git_revision(), created=now, gpus=gpus(),
+                                processes=int(os.environ.get("WORLD_SIZE", 1)), cpus=os.cpu_count(),
+                                machine=platform.machine()))
     for folder in (out, *(p for p in out.rglob("*") if p.is_dir())): take_away_parts(folder)
     return out
 

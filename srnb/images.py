@@ -246,14 +246,15 @@ def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong i
 
 def load_model(
     model:str|Path="onestep",     # "onestep", "small", "first", a folder that save_pretrained wrote, or a backbone
-    dtype:str|torch.dtype="auto", # "auto", or float32 or bfloat16, as a name or as torch has it
+    dtype:str|torch.dtype="auto", # "auto", or float32, bfloat16 or float16, as a name or as torch has it
     device:str|torch.device|None=None, # None: a GPU for a backbone if there is one, else the processor
     options=None,                 # BackboneOptions, of a backbone alone
     prompts:Sequence[str]=(),     # that will be asked for, of a backbone alone
 )->Policy:
     "Read a policy; auto is bfloat16 where the processor has it, and on a GPU. A backbone: a folder, or owner/name"
     from srnb.backbones import BackboneOptions, is_backbone, load_backbone
-    dtypes, big = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}, is_backbone(model)
+    big, known = is_backbone(model), (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = {"auto": None, **{str(o).removeprefix("torch."): o for o in known}}
     if dtype not in (*dtypes, *dtypes.values()):
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype}")
     if not big and (options or any(prompts)):

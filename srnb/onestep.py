@@ -25,9 +25,9 @@ from .backbones import BackboneOptions, is_backbone, save_control
 from .config import Checked, from_file, own_file, own_files, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
-from .core import generator, seed_of, write_json, write_table
+from .core import bicubic, generator, seed_of, write_json, write_table
 from .curation import fingerprint, make_bank
-from .data import PatchPool, make_pair
+from .data import PatchPool, embedded_photos, make_pair
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
 from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
@@ -40,7 +40,7 @@ from .runs import (Base, Data, Judging, add_trained, check_readable, check_unsee
                        is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
                        whole_again)
 from .spectral import l2_energy
-from .training import Loop, fit, processes, put, refuse_fsdp
+from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-007
 def sft_loss(
@@ -143,7 +143,7 @@ class Patches(Checked):
     patch:int = 64               # pixels of a training patch
     batch:int = 16               # patches of a micro-batch
     seed:int = 0                 # weights, order, noise
-    precision:Literal["auto", "bf16", "no"] = "auto" # of the network's arithmetic
+    precision:Literal["auto", "bf16", "fp16", "no"] = "auto" # of the network's arithmetic
     def check(self):
         self.at_least(1, "batch", "patch", "max_side")
         self.at_least(0, "seed", "versions")
@@ -267,6 +267,19 @@ def evaluate_base(
     return table
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-branch1
+def _shown(run:BaseRun, policy:Policy)->Callable: # (step, trackers), for `fit`
+    "Input, sample and photograph, side by side, of two embedded photographs, which no pool lets in"
+    photos = embedded_photos("held_out")[:2]
+    smallest = min(min(p.read().shape[1:]) for p in photos)
+    size = min(run.patch, smallest)//policy.stride*policy.stride
+    pairs = {p.id: make_pair(p, size, run.degradation) for p in photos}
+    def show(step, trackers):
+        for name, (lq, gt) in pairs.items() if trackers else ():
+            sr = policy.sample(lq[None], [0], steps=20)[0, 0]
+            row = torch.cat([bicubic(lq[None], gt.shape[-2:])[0], sr, gt], 2)
+            log_pictures(trackers, {f"held out/{name}": row}, step)
+    return show
+
 def train_branch(
     run:BaseRun, # whose init is a backbone
 )->Path:         # the run's folder; the branch is in its folder `control`, which `options.control` takes
@@ -289,7 +302,7 @@ def train_branch(
         values, logs = loss(step, part)
         return values, logs | seen
     def learn():
-        weights, log = fit(policy, watched, loop, out)
+        weights, log = fit(policy, watched, loop, out, show=_shown(run, policy))
         whole = whole_again(policy, weights, lambda: trainable(policy_of(base, run.prompts, state.device)))
         policy.net = whole.net # FSDP had cut it
         return log

@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ class Policy:
         path=Flow(),                         # noqa: B008  path on which this policy is asked and sampled
         trained_on=Flow(),                   # noqa: B008  path on which the network was trained
         codec:ResidualCodec=ResidualCodec(), # noqa: B008  between images and z
-        dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16 runs it under autocast
+        dtype:torch.dtype=torch.float32,     # of the network's arithmetic; bfloat16, float16: autocast
         sampler:Callable=sample_ddim,        # that it is sampled with if nobody names another
     ):
         self.net, self.path, self.trained_on, self.codec = net, path, trained_on, codec
@@ -93,6 +93,7 @@ class Policy:
         self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self.weights = None # the files that a backbone was read from; None: its weights are all that tells it
         self.batch = 0    # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
+        self.stored = ""   # how frozen weights are held, if it changes them more than bfloat16 does: float16, 4bit
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
 
@@ -103,7 +104,9 @@ class Policy:
     def stride(self)->int: # pixels: both sides of an image are multiples
         return getattr(self.net, "module", self.net).stride
 
-    def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def autocast(self):
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else torch.bfloat16, enabled=half)
 
     def path_of(self, lq:Tensor):
         "The path of these inputs (B,3,h,w): residual shifting needs them enlarged, the others do not ask"
@@ -482,7 +485,7 @@ def _write_adapter(policy:Policy, folder:Path, name:str, base:dict|None=None)->N
     for f in part.rglob("README.md"): f.unlink()
     config = json.loads((inner/"adapter_config.json").read_text())
     write_json(inner/"adapter_config.json", config | dict(base_model_name_or_path=policy.name))
-    if base: write_json(inner/"base.json", base)
+    if base: write_json(inner/"base.json", base | (dict(stored=policy.stored) if policy.stored else {}))
     if base: policy.write_plain(inner, [*base["below"], name])
     for n in base["below"] if base else (): _write_adapter(policy, inner/"below"/n, n)
     shutil.rmtree(folder, ignore_errors=True)
@@ -501,6 +504,19 @@ def save_adapter(
     _write_adapter(policy, folder, name, dict(fingerprint=base_print(policy), below=_below(policy, name)))
     return folder
 
+def _foreign(path:Path)->str|None: # which LoRA of another tool this is, and what to do with it; None: it is none
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as f: names = [n for n in f.keys() if "lora" in n]
+        except (SafetensorError, OSError): continue
+        if not names: continue
+        kohya = any(n.startswith(("lora_unet", "lora_te", "lora_transformer")) or "lora_down" in n for n in names)
+        text = any(n.startswith(("text_encoder", "lora_te")) for n in names)
+        layout = ("kohya's layout" if kohya else "diffusers' layout") + ", also for text encoders"*text
+        return (f"{file} is a LoRA in {layout}, and adapters here are folders in PEFT's layout: put it into a pipeline "
+                "of diffusers (load_lora_weights, fuse_lora, save_pretrained) and give that folder as backbone; one "
+                "that reads pictures as tokens of its own (OminiControl) runs in its own pipeline alone")
+
 def base_of(
     folder:str|Path, # of an adapter, or of the run that trained it
 )->tuple[Path, str|None]:
@@ -509,6 +525,7 @@ def base_of(
     if (folder/"adapter"/"adapter_config.json").is_file(): folder = folder/"adapter"
     for n in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder/n).is_file():
+            if foreign := _foreign(folder): raise ValueError(foreign)
             raise FileNotFoundError(f"no {n} in {folder}: give a folder that save_adapter or PEFT wrote, or that of "
                                     "a run")
     return folder, json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -521,9 +538,10 @@ def _same_adapter(policy:Policy, name:str, folder:Path)->bool: # as the one that
 def _check_base(policy:Policy, folder:Path, name:str|None)->None: # and load what the adapter was trained upon
     said = json.loads((folder/"base.json").read_text())
     if (found := base_print(policy)) != said["fingerprint"]:
-        raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'} "
-                         f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'} ({found}); "
-                         "load it onto its own base")
+        how, here = (f" in {o}" if o else "" for o in (said.get("stored", ""), policy.stored))
+        raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'}{how} "
+                         f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'}{here} "
+                         f"({found}); load it onto its own base{', read as it was' if how != here else ''}")
     for n in said["below"]:
         if n not in policy.adapters: load_adapter(policy, folder/"below"/n, n)
         elif not _same_adapter(policy, n, folder/"below"/n):
@@ -548,7 +566,9 @@ def load_adapter(
             warnings.simplefilter("ignore") # missing weights are an error below
             if hasattr(policy.net, "peft_config"): policy.net.load_adapter(folder, name)
             else: policy.net = _peft().PeftModel.from_pretrained(policy.net, folder, adapter_name=name)
-    except (RuntimeError, ValueError) as e: raise ValueError(f"{folder} does not fit this network: {e}") from e
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{folder} does not fit this network: it was trained on {base or 'another base'}, load it "
+                         f"onto that ({e})") from e
     for path, layer in layers_of(policy.net): # a copy of a part is trained, and written, in float32
         if hasattr(layer, "original_module") and name in layer.modules_to_save:
             own = {k.removeprefix(f"{path}."): v for k, v in saved.items() if k.startswith(f"{path}.")}

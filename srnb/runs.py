@@ -38,7 +38,7 @@ from .policies import (Policy, check_policy, from_pretrained, policy_folder, sav
                            usual_dtype)
 from .rewards import OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, hybrid, luma
 from .spectral import radial_psd
-from .training import Loop, fit, in_pieces, processes, put
+from .training import Loop, check_shared, fit, in_pieces, processes, put
 
 # %% ../nbs/41_runs.ipynb #41-runs-006
 def prompts_of(
@@ -55,7 +55,8 @@ def prompts_of(
     if ids is None: return prompts
     found = {i: prompts.get(i, prompts.get(i.rsplit("-", 1)[0])) for i in ids}
     if lost := [i for i, p in found.items() if p is None]:
-        raise ValueError(f"prompts: {file} has none for {lost[0]} ({len(lost)} of {len(ids)} are missing)")
+        raise ValueError(f"prompts: {file} has none for {lost[0]} ({len(lost)} of {len(ids)} are missing): "
+                         "add them, as an empty string where there is nothing to say")
     return found
 
 @dataclass(frozen=True)
@@ -140,19 +141,22 @@ PATHS = dict(own=None, flow=Flow(), vp_eps=VPEps(), vp_v=VPV()) # own: the one t
 
 def dtype_of(precision:str)->torch.dtype: # of a network's arithmetic
     "What a config's precision stands for"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return dict(bf16=torch.bfloat16, fp16=torch.float16, no=torch.float32)[precision]
 
 def settle(run)->None: # has a precision
     "Put what suits this machine in place of `auto`"
     if run.precision == "auto":
         object.__setattr__(run, "precision", "bf16" if usual_dtype() is torch.bfloat16 else "no")
+    if run.precision == "fp16" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("precision = 'fp16' scales the loss, and pieces of a network that FSDP has cut would skip "
+                         "different steps: take bf16, or launch with nbs/accelerate/ddp.yaml")
 
 @dataclass(frozen=True)
 class Base(Checked):
     "What a run starts from, and how it is sampled"
     backbone:str = "small"     # in SHIPPED, the folder of a policy, `file.py:NAME`, or a backbone's folder or Hub name
     path:Literal[*PATHS] = "own" # the same network as flow or as diffusion
-    precision:Literal["auto", "bf16", "no"] = "auto" # of the network's arithmetic
+    precision:Literal["auto", "bf16", "fp16", "no"] = "auto" # of the network's arithmetic; fp16: V100, T4
     sampler:Literal["own", *SAMPLERS] = "own" # own: the policy's
     sample_steps:int = 8       # of the sampler; a one-step network takes one
     options:BackboneOptions = BackboneOptions() # of a backbone
@@ -251,6 +255,7 @@ def claimed(
     "Inside, nobody else is in this folder; who dies leaves it free. RunOccupied if it holds something else"
     state = processes()
     with state.main_process_first(): open_run(folder, note)
+    check_shared(folder)
     with FileLock(folder/".lock") if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield state
@@ -329,8 +334,10 @@ class Judging(Checked):
     m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
     judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
+    show:int = 0                 # held-out photographs whose samples go to the tracker at every checkpoint
     def check(self):
         self.at_least(1, "eval_m", *(["m"] if self.m is not None else []))
+        self.at_least(0, "show")
         if self.reward is None and not self.judges: raise ValueError("Judging.judges must name at least one metric")
         known = {}
         for m in self.metrics:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['wsd', 'ema_decay', 'Loop', 'optimiser_of', 'processes', 'refuse_fsdp', 'in_pieces', 'put', 'latest_checkpoint',
-           'State', 'fit']
+           'check_shared', 'State', 'log_pictures', 'fit']
 
 # %% ../nbs/40_training.ipynb #40-training-004
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Checked
-from .core import progress, replace_file
+from .core import progress, replace_file, to_bytes
 from .plan import DoesNotFit
 
 # %% ../nbs/40_training.ipynb #40-training-007
@@ -44,6 +45,8 @@ def ema_decay(
     return min(decay, (1+step)/(10+step))
 
 # %% ../nbs/40_training.ipynb #40-training-011
+_TRACKERS = Literal["tensorboard", "wandb", "trackio", "swanlab", "mlflow", "comet_ml", "clearml", "aim", "dvclive"]
+
 @dataclass(frozen=True)
 class Loop(Checked):
     "How to optimise: everything that is not the loss"
@@ -59,6 +62,7 @@ class Loop(Checked):
     log_every:int = 10        # steps between logged rows
     keep_every:int = 0        # steps between copies of the trained weights that are kept; 0: none
     optimiser:Literal["adamw", "adamw_8bit"] = "adamw" # 8 bit: two bytes of state a weight instead of eight
+    log_with:Literal[*get_args(_TRACKERS), "none"] = "tensorboard" # a tracker of Accelerate; none: log.parquet alone
     def check(self):
         self.at_least(1, "steps", "parts", "save_every", "log_every")
         self.at_least(0, "warmup", "decay", "weight_decay", "ema", "keep_every")
@@ -79,6 +83,7 @@ def processes(
 ):               # accelerate.PartialState
     "The processes that run this together, as `accelerate launch` or torchrun started them: on GPUs, or on CPUs"
     from accelerate import PartialState
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import parse_flag_from_env
     world = int(os.environ.get("WORLD_SIZE", 1))
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
@@ -93,6 +98,9 @@ def processes(
         if loop.parts % world:
             raise ValueError(f"{world} processes cannot share the {loop.parts} micro-batches of a step evenly: "
                              f"set loop.parts to a multiple of {world}")
+        if loop.log_with not in (*map(str, get_available_trackers()), "none"): # Accelerate would just drop it
+            raise ValueError(f"Loop.log_with = {loop.log_with!r} needs a package that is not installed: pip install "
+                             f"{loop.log_with.replace('_', '-')}, or take tensorboard or none")
     return state
 
 def refuse_fsdp()->None:
@@ -145,24 +153,37 @@ def _gathered(items:list)->list: # of all processes, one after the other; all mu
     from accelerate.utils import gather_object
     return gather_object(items)
 
+def check_shared(
+    folder:Path, # of a run, in which the first process has written config.json
+)->None:         # all must ask
+    "Raise in every process unless all of them see one and the same folder"
+    file = folder/"config.json"
+    seen = _gathered([file.stat().st_mtime_ns if file.exists() else None])
+    if len(set(seen)) > 1:
+        raise ValueError(f"the {len(seen)} processes of this run do not see the same {folder}: give a folder that all "
+                         "machines share, under the same path")
+
 class State:
     "Where a run is: what a checkpoint holds beside the optimiser"
-    def __init__(self, net:nn.Module, loop:Loop, memory=None):
+    def __init__(self, net:nn.Module, loop:Loop, memory=None, half:bool=False):
         named = {n.removeprefix("module."): p for n, p in net.named_parameters()}
         self.trained = {n: p for n, p in named.items() if p.requires_grad}
         self.changing = {n: p for n, p in named.items() if p.requires_grad or "lora_" in n} # snapshots change, too
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if loop.ema else {}
         self.step, self.rows, self.notes, self.memory = 0, [], [], memory # notes: logged since the last row
+        self.scaler = torch.amp.GradScaler(next(net.parameters()).device.type, enabled=half) # of the loss, for fp16
 
     def state_dict(self)->dict:
         remembered = {} if self.memory is None else self.memory.tensors()
         return dict(step=self.step, rows=self.rows, notes=self.notes, changing=_whole(self.changing),
-                    average=_whole(self.average), memory=dict(_gathered([(n, o.cpu()) for n, o in remembered.items()])))
+                    average=_whole(self.average), scaler=self.scaler.state_dict(),
+                    memory=dict(_gathered([(n, o.cpu()) for n, o in remembered.items()])))
 
     def load_state_dict(self, state:dict)->None:
         self.step, self.rows, self.notes = state["step"], state["rows"], state["notes"]
         _copy(state["changing"], self.changing)
         _copy(state["average"], self.average)
+        if state.get("scaler"): self.scaler.load_state_dict(state["scaler"])
         if self.memory is not None: self.memory.restore(state["memory"])
 
     def row(self)->dict:
@@ -181,13 +202,25 @@ def _prepared(owner, loop:Loop, out:Path)->tuple: # accelerator and optimiser; t
     from accelerate.utils import DistributedDataParallelKwargs
     plain = DistributedDataParallelKwargs(broadcast_buffers=False) # no buffer ever changes
     accelerator = Accelerator(cpu=processes(loop).device.type == "cpu", mixed_precision="no", # the run's own
-                              log_with="tensorboard", project_dir=str(out), kwargs_handlers=[plain])
+                              log_with=None if loop.log_with == "none" else loop.log_with, project_dir=str(out),
+                              kwargs_handlers=[plain])
     params = [p for p in owner.net.parameters() if p.requires_grad]
     if not params: raise ValueError("no parameter requires a gradient: nothing would be trained")
     owner.net, optimiser = accelerator.prepare(owner.net, optimiser_of(loop, params))
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear()) # the state has them
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     return accelerator, optimiser
+
+def log_pictures(
+    trackers:list,              # that `show` was given
+    pictures:dict[str, Tensor], # name -> (3,H,W), [0, 1]
+    step:int,                   # at which they were made
+)->None:
+    "Pictures into the trackers that take arrays: TensorBoard, Weights & Biases, SwanLab"
+    arrays = {n: to_bytes(o.detach().cpu()).permute(1, 2, 0)[None].numpy() for n, o in pictures.items()}
+    for t in trackers: # each writes in the first process alone
+        if t.name == "tensorboard": t.log_images(arrays, step, dataformats="NHWC")
+        elif t.name in ("wandb", "swanlab"): t.log_images(arrays, step)
 
 def _keep(accelerator, file:Path, weights:dict[str, Tensor])->None: # all processes must ask, here and below
     copy = _whole(weights)
@@ -213,12 +246,15 @@ def fit(
     out_dir:str|Path,            # checkpoints and TensorBoard's files go here
     backward:Callable|None=None, # (values, logs, ...) -> logs, in place of backward of the mean
     memory=None,                 # what the loss remembers: `tensors()` gives it, `restore(tensors)` takes it
+    show:Callable|None=None,     # (step, trackers), in every process after a checkpoint; with generators of its own
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, which the network then has; log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
     out = Path(out_dir)
     accelerator, optimiser = _prepared(owner, loop, out)
     own = range(accelerator.process_index, loop.parts, accelerator.num_processes) # micro-batches of this process
-    state = State(owner.net, loop, memory) # FSDP has put parameters of its own into the network
+    half = getattr(owner, "dtype", None) == torch.float16
+    state = State(owner.net, loop, memory, half) # FSDP has put parameters of its own into the network
+    scaler = state.scaler
     if (last := latest_checkpoint(out)) is not None:
         accelerator.load_state(str(last))
         state.load_state_dict(torch.load(last/"state.pt", "cpu", weights_only=True))
@@ -231,20 +267,29 @@ def fit(
             values, logs, *apart = loss(k, part)
             if not torch.isfinite(values).all():
                 raise FloatingPointError(f"the loss is not finite at step {k}: {values.tolist()}")
-            if backward is None: accelerator.backward(values.mean()/len(own))
-            else: logs = backward(values/loop.parts, logs, *apart)
+            if backward is None: accelerator.backward(scaler.scale(values.mean()/len(own)))
+            else: # logs that are norms of gradients have names that begin with norm
+                logs = backward(scaler.scale(values/loop.parts), logs, *apart)
+                if half: logs = {n: v/scaler.get_scale() if n.startswith("norm") else v for n, v in logs.items()}
         return dict(logs, loss=values.mean().item())
 
     def update(k): # clip, step, average
         for group in optimiser.param_groups: group["lr"] = loop.lr*wsd(k, loop.steps, loop.warmup, loop.decay)
         if backward is not None and accelerator.num_processes > 1: # gradients have yet to be added up
             for p in state.trained.values(): p.grad = accelerator.reduce(p.grad, "sum")
-        norm = accelerator.clip_grad_norm_(state.trained.values(), loop.clip)
-        optimiser.step()
+        scaler.unscale_(optimiser)
+        norm = float(accelerator.clip_grad_norm_(state.trained.values(), loop.clip))
+        scaler.step(optimiser) # in fp16 nothing, if the gradient is not finite
+        scaler.update()
         optimiser.zero_grad()
         d = ema_decay(k, loop.ema)
         for n, a in state.average.items(): a.lerp_(state.trained[n].detach(), 1-d)
-        return dict(grad_norm=float(norm))
+        if not half: return dict(grad_norm=norm)
+        if scaler.get_scale() < 1:
+            raise FloatingPointError(f"gradients overflow in fp16 at every scale of the loss, at last in step {k}: "
+                                     "take bf16, or a smaller learning rate")
+        scaled = dict(skipped=float(not math.isfinite(norm)), loss_scale=scaler.get_scale())
+        return scaled if scaled["skipped"] else dict(scaled, grad_norm=norm)
 
     def note(): return f"loss {state.rows[-1]['loss']:.4f}" if state.rows else ""
     for k in progress(range(state.step, loop.steps), "steps", total=loop.steps, start=state.step, note=note):
@@ -253,7 +298,9 @@ def fit(
         if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
         if loop.keep_every and done % loop.keep_every == 0:
             _keep(accelerator, out/"kept"/f"{done:08d}.safetensors", state.trained)
-        if done % loop.save_every == 0 or done == loop.steps: _save(accelerator, out, state)
+        if done % loop.save_every == 0 or done == loop.steps:
+            _save(accelerator, out, state)
+            if show: show(done, accelerator.trackers)
 
     for tracker in accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
     weights = {n: w.cpu().clone() for n, w in _whole(state.average or state.trained).items()}

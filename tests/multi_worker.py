@@ -22,7 +22,7 @@ def work(
     if not fsdp: return
     state.wait_for_everyone()
     if state.is_main_process: # take the end away
-        for name in ("adapter", "bank-after"): shutil.rmtree(out/name)
-        (out/"metrics.parquet").unlink()
+        for name in ("adapter", "bank-after", "control"): shutil.rmtree(out/name, ignore_errors=True)
+        (out/"metrics.parquet").unlink(missing_ok=True)
     state.wait_for_everyone()
     train(run)

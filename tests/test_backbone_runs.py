@@ -21,7 +21,8 @@ from srnb.training import latest_checkpoint
 pytestmark = pytest.mark.slow
 KINDS, METHODS = ("sd", "sdxl", "flux"), ("dp2o", "asasr", "dro")
 NOTEBOOK = dict(sd="dp2o", sdxl="asasr", flux="dro") # the runs that a notebook makes; the command makes the others
-BASE = dict(versions=0, max_side=160, batch=1, precision="no", steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3)
+BASE = dict(versions=0, max_side=160, batch=1, precision="no", steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3,
+            log_with="none")
 ALIGNED = dict(size=64, places=1, take=2, sample_steps=1, eval_m=1, precision="no", patch=64, batch=1, lr=5e-2)
 OWN = dict( # of each method: a few updates, a checkpoint at each
     dp2o=dict(m=2, n=1, steps=3, rank=4),

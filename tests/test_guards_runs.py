@@ -125,10 +125,11 @@ def four_updates(w, run):
 
 def looped(path, weights, log, kept, large=()):
     """Fields of a loop, and where they show; `large`: what gives it 4,096 weights in one tensor, which 8 bits need. How
-    often it saves is seen where one is stopped, see `fit` below"""
+    often it saves is seen where one is stopped, see `fit` below; where it logs changes no result"""
     other = dict(steps=(4, log), lr=(2e-2, weights), warmup=(2, weights), decay=(.9, weights), parts=(2, weights),
                  weight_decay=(.5, weights), clip=(1e-3, weights), ema=(.9, weights), save_every=(1, ""),
-                 log_every=(2, log), keep_every=(1, kept), optimiser=("adamw_8bit", weights.split()[0], dict(large)))
+                 log_every=(2, log), keep_every=(1, kept), optimiser=("adamw_8bit", weights.split()[0], dict(large)),
+                 log_with=("none", ""))
     return below(path, other)
 
 
@@ -158,10 +159,14 @@ EVERY = { # of every Run
     "base.options.texts": ("folder", NONE), "base.options.prediction": ("epsilon", NONE),
     "base.options.checkpointing": (True, NONE), "base.options.tile_vae": (True, NONE),
     "base.options.levels": ("shifted", NONE),
+    "base.options.variant": ("fp16", NONE), "base.options.quantize": ("4bit", NONE),
+    "base.options.offload_vae": (True, NONE), "base.options.attention": ("flash", NONE),
+    "base.options.compile": (True, NONE),
     "judging.reward": ("offline_nr", "bounds metrics"), "judging.m": (5, "samples", {"judging.reward": "offline_nr"}),
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
+    "judging.show": (1, ""),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
-    "budget": (four_updates, "log adapter kept"), "rows": (1, "log"),
+    "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
@@ -391,7 +396,8 @@ def test_a_preset_is_the_method_of_its_paper():
     def method(s, winners, losers, link, start=None):
         energy = dict(s=s, frequency="half", unit_mean=True, mean=True)
         return dict(energy=energy, winners=winners, losers=losers, link=link, start=start, safeguard=False)
-    loop = dict(warmup=10, parts=1, weight_decay=.01, clip=1., ema=0., log_every=5, keep_every=0, optimiser="adamw")
+    loop = dict(warmup=10, parts=1, weight_decay=.01, clip=1., ema=0., log_every=5, keep_every=0, optimiser="adamw",
+                log_with="tensorboard")
     models, photograph = ["real_esrgan", "dat_light", "base"], {"is": "Photograph"}
     adversary = {"is": "Adversary", "outputs": models, "adversary_rank": 16, "lam": 1.,
                  "imitation": loop | dict(steps=120, lr=3e-4, decay=.5, save_every=40)}
@@ -1057,13 +1063,14 @@ def left(top, memory=None, **changes):
     with pytest.raises(KeyboardInterrupt): toy(top, loop, slope, stop=min(5, loop.steps-1), shape=shape, memory=memory)
     saved = latest_checkpoint(top)
     last, log, kept, calls = toy(top, loop, slope, shape=shape, memory=Sum() if memory else None)
-    return dict(last=last, log=log.to_dict("list"), kept=kept, calls=calls, saved=saved.name if saved else None)
+    return dict(last=last, log=log.to_dict("list"), kept=kept, calls=calls, saved=saved.name if saved else None,
+                tracked=(top/"logs").exists())
 
 
 LOOP = dict( # field -> another value, what it changes
     steps=(4, "calls"), lr=(.2, "kept"), warmup=(1, "kept"), decay=(.25, "kept"), parts=(2, "calls"),
     weight_decay=(0., "kept"), clip=(.5, "kept"), ema=(.9, "last"), save_every=(3, "saved"), log_every=(2, "log"),
-    keep_every=(2, "kept"), optimiser=("adamw_8bit", "kept"))
+    keep_every=(2, "kept"), optimiser=("adamw_8bit", "kept"), log_with=("none", "tracked"))
 
 
 def test_every_field_of_a_loop_has_an_entry():

@@ -173,10 +173,12 @@ def test_one_load_and_one_encoding(folders, counted, tmp_path, kind, method, tra
     assert sorted(counted.prompts) == sorted({"", *told} | ({NEGATIVE} if kind != "flux" else set()))
     if kind != "flux": # whose inputs are latents, too
         assert sum(counted.pictures) == len(list((out/"latents").iterdir()))
-    policy = policy_of(run.base, run.data.prompts) # read anew, it gives what the run sampled with its one base
+    policy = policy_of(run.base, run.data.prompts, texts=out/"texts") # read anew, it gives what the run sampled with its one base
     found = read_group(out/"bank-after", (i := embedded_photos("held_out")[0].id))
     seeds = group_seeds(i, 1)
-    def sample(): return policy.sample(found.lq[None], seeds, 1, prompts=[found.prompt])[0]
+    def sample():
+        return run.base.colour.images(policy.sample(found.lq[None], seeds, 1, prompts=[found.prompt])[0], found.lq,
+                                      policy.codec)
     load_adapter(policy, out/"adapter")
     assert (sample()-found.sr).abs().max() < 1.5/255 and (sample()-read_group(out/"before", i).sr).abs().max() > 0
 
@@ -235,7 +237,9 @@ def of_small(tiny, out, method, **judging):
                Judging(**told), FEW, rank=2, batch=2, patch=32)
 
 
-@pytest.mark.parametrize("method", [METHODS["dro"], Method(), ASASR_SMALL], ids=["dro", "sft", "asasr"])
+@pytest.mark.parametrize("method", [
+    METHODS["dro"], pytest.param(Method(), marks=SLOW), pytest.param(ASASR_SMALL, marks=SLOW)],
+    ids=["dro", "sft", "asasr"])
 def test_no_samples_that_nobody_trains_on(tiny, drawn, tmp_path, method):
     """The reward's scale is that of the held-out samples before: two photographs are sampled, twice. With M said, the
     training crops are, too, and the adapter stays the same bit for bit"""
@@ -265,8 +269,10 @@ def test_who_needs_samples_has_eight():
 # ---------------------------------------------------------------- a few states at a time
 
 @pytest.mark.parametrize("method", [
-    Method(winners=Top(2), losers=Bottom(), link=Logistic(10.)), replace(METHODS["dro"], losers=Own(2, 4, 2, 2)),
-    Method(SobolevEnergy(1.5), Top(2), Bottom(), Hinge(1.), safeguard=True), Method(link=Hinge(.01))],
+    Method(winners=Top(2), losers=Bottom(), link=Logistic(10.)),
+    pytest.param(replace(METHODS["dro"], losers=Own(2, 4, 2, 2)), marks=SLOW),
+    Method(SobolevEnergy(1.5), Top(2), Bottom(), Hinge(1.), safeguard=True),
+    pytest.param(Method(link=Hinge(.01)), marks=SLOW)],
     ids=["hpo", "own", "safeguard", "gated"])
 def test_rows(tiny, tmp_path, method):
     "A run in pieces of three states ends where one in whole batches does, to rounding; its evaluations are counted"

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -21,12 +22,13 @@ from srnb.config import record
 from srnb.curation import finished_groups, read_group
 from srnb.degrade import RESSHIFT_TEST
 from srnb.nets import OneStepConfig
-from srnb.onestep import CTMSRRun, Match
+from srnb.onestep import BaseRun, CTMSRRun, Match
 from srnb.pairs import Logistic
 from srnb.runs import Base, Data, Judging
 from srnb.spectral import SobolevEnergy
 from srnb.training import Loop
 
+ROOT = Path(__file__).resolve().parent.parent
 slow = pytest.mark.slow # the launcher itself, and a transformer, whose pieces are slow to exchange
 LOOP = Loop(steps=3, parts=2, log_every=2, save_every=2, keep_every=1, lr=1e-3, warmup=1)
 SHARED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
@@ -98,7 +100,9 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
         online=online,
         ctmsr=ctmsr,
-        flux=flux)
+        flux=flux,
+        branch=lambda: BaseRun("", init=str(write_tiny("flux", top/"flux")), versions=1, max_side=160, batch=1,
+                               precision="no", loop=replace(LOOP, steps=2, log_every=1, ema=.5)))
     made = {name: functools.cache(make) for name, make in made.items()}
 
     @functools.cache
@@ -106,9 +110,9 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
     @functools.cache
     def both(name):
-        fsdp, out = name == "fsdp", top/"two"/name
-        single = one("flux" if fsdp else name)
-        config = said(made["flux" if fsdp else name](), out)
+        fsdp, out = name.startswith("fsdp-"), top/"two"/name
+        alone = name.removeprefix("fsdp-")
+        single, config = one(alone), said(made[alone](), out)
         done = team(forked_for_all, work, config, 2, fsdp, **SHARED if fsdp else {})
         assert not any(o.wait() for o in done), "".join(o.err for o in done)
         if fsdp: assert any("resumed at step 2" in o.out for o in done)
@@ -144,7 +148,7 @@ def test_one_step(runs):
 
 
 @slow
-@pytest.mark.parametrize("name", ["flux", "fsdp"])
+@pytest.mark.parametrize("name", ["flux", "fsdp-flux"])
 def test_close(runs, name):
     """A transformer's matrix products may round differently from process to process: what two learn is what one learns,
     to that; FSDP writes it whole"""
@@ -157,6 +161,20 @@ def test_close(runs, name):
     assert moved > .1 and apart < .2*moved, (moved, apart)
     a, b = (pd.read_parquet(o/"log.parquet") for o in runs(name))
     assert len(a) == 2 and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
+
+
+@slow
+@pytest.mark.parametrize("name", ["branch", "fsdp-branch"])
+def test_branch(runs, name):
+    "A control branch that two processes train to read, whole or in pieces, is that of one, to rounding"
+    one, two = (load_file(o/"control"/"diffusion_pytorch_model.safetensors") for o in runs(name))
+    start = load_backbone(runs("branch")[0].parent.parent/"flux").net.controlnet.state_dict()
+    assert one.keys() == two.keys() == start.keys()
+    moved = sum((one[k]-start[k]).square().sum() for k in one).sqrt()
+    apart = sum((one[k]-two[k]).square().sum() for k in one).sqrt()
+    assert moved > .01 and apart < .2*moved, (moved, apart)
+    a, b = (pd.read_parquet(o/"log.parquet") for o in runs(name))
+    assert len(a) == 2 and "influence" in a and ((a-b).abs() < .03*a.abs().clip(lower=1)).all(axis=None)
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp"])
@@ -195,3 +213,30 @@ def test_torchrun(runs, tmp_path, dp2o):
     done = subprocess.run([sys.executable, *cmd, str(tmp_path/"c.json")], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     same_result(runs("dp2o")[0], out)
+
+
+def machines(tmp_path, places, config)->list: # of two launchers that have ended
+    "Accelerate's launcher, once for each of two machines, which work in folders of their own"
+    both = []
+    for rank, place in enumerate(places):
+        place.mkdir()
+        ddp = str(ROOT/"nbs/accelerate/ddp.yaml")
+        cmd = ["-m", "accelerate.commands.launch", "--config_file", ddp, "--num_machines", "2", "--num_processes", "2",
+               "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", config["port"],
+               "-m", "srnb.train", config["file"]]
+        both.append(subprocess.Popen([sys.executable, *cmd], cwd=place, stdout=subprocess.PIPE, text=True,
+                                     stderr=subprocess.STDOUT, env=os.environ | dict(ACCELERATE_USE_CPU="true")))
+    return [(o.communicate()[0], o.returncode) for o in both]
+
+
+@slow
+def test_two_machines(runs, tmp_path, dp2o):
+    "notes_nodes.ipynb: a launcher on each machine, one folder; with a folder each, both say what is wrong"
+    config = dict(file=str(tmp_path/"c.json"), port=free_port())
+    (tmp_path/"c.json").write_text(json.dumps(said(dp2o, tmp_path/"out")))
+    done = machines(tmp_path, (tmp_path/"a", tmp_path/"b"), config)
+    assert [code for _, code in done] == [0, 0], done
+    same_result(runs("dp2o")[0], tmp_path/"out")
+    (tmp_path/"c.json").write_text(json.dumps(said(dp2o, "out"))) # each sees its own
+    done = machines(tmp_path, (tmp_path/"c", tmp_path/"d"), config | dict(port=free_port()))
+    assert all(code and "do not see the same out: give a folder that all machines share" in text for text, code in done)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_guards_low import backbone, diffusers_latents, own_latents
 
 from srnb.align import DP2O, SFT, Run, align
@@ -110,7 +111,8 @@ def test_a_saved_policy_without_influence(tmp_path):
 
 # ---------------------------------------------------------------- the stage that trains a control branch
 
-FEW = Loop(steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3, log_every=2)
+FEW = Loop(steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3, log_every=2, log_with="none")
+SHOWN = replace(FEW, log_with="tensorboard")
 
 
 def branch(out, base, **more):
@@ -123,16 +125,20 @@ def branch(out, base, **more):
 def trained(bare, tmp_path_factory):
     "kind -> folder of a finished run"
     top = tmp_path_factory.mktemp("trained")
-    return functools.cache(lambda kind: train_base(branch(top/kind, bare[kind])))
+    return functools.cache(lambda kind: train_base(branch(top/kind, bare[kind], loop=SHOWN)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_branch_learns_to_read(bare, trained, tmp_path, kind):
     "The influence is 0, then grows; diffusers' ControlNet pipeline reads what is written, and gives the same picture"
     out = trained(kind)
-    assert train_base(branch(out, bare[kind])) == out # it is done
+    assert train_base(branch(out, bare[kind], loop=SHOWN)) == out # it is done
     seen = pd.read_parquet(out/"log.parquet").influence
     assert len(seen) == 4 and seen[0] == 0 < seen[1] < seen[3]
+    events = EventAccumulator(str(out/"logs")).Reload()
+    for p in embedded_photos("held_out")[:2]: # input, sample and photograph side by side
+        pictures = events.Images(f"held out/{p.id}")
+        assert [o.step for o in pictures] == [3, 6, 8] and (pictures[0].height, pictures[0].width) == (64, 3*64)
     policy = load_backbone(bare[kind], BackboneOptions(control=str(out/"control")))
     check_reads(policy)
     for name, folder in {kind: bare[kind], f"{kind}-control": out/"control"}.items(): (tmp_path/name).symlink_to(folder)
@@ -240,3 +246,10 @@ def test_levels_are_told_apart_by_the_record_and_not_by_adapters(bare):
     drawn = [p.path_of(lq).draw_sigma(1000, generator(0)) for p in (even, shifted)]
     check_close(drawn[1], shifted.path_of(lq).shifted(drawn[0]))
     assert (drawn[1] > drawn[0]).float().mean() > .99
+
+
+def test_no_name_of_a_repository_that_is_gone(root):
+    "Stability AI took Stable Diffusion 2 from the Hub in November 2025, and runwayml its 1.5 before"
+    gone = ("stabilityai/stable-diffusion-2", "runwayml/")
+    for p in (root/"README.md", *(root/"nbs").glob("*.ipynb"), *(root/"srnb").glob("*.py"), *(root/".ci").glob("*.py")):
+        assert not any(o in p.read_text() for o in gone), p

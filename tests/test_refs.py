@@ -24,10 +24,10 @@ def test_supervised_loss_is_flow_matching(tiny):
     from srnb.policies import from_pretrained
 
     class Pool:
-        def batch(self, n, patch, g): return (torch.rand(n, 3, s, s, generator=g) for s in (patch//4, patch))
+        def patches(self, n, patch, g): return *(torch.rand(n, 3, s, s, generator=g) for s in (patch//4, patch)), None
     policy, run = from_pretrained(tiny), SimpleNamespace(batch=3, patch=64, seed=5)
     g = generator(seed_at(5, "sft", 2, 0))
-    lq, gt = Pool().batch(3, 64, g)
+    lq, gt, _ = Pool().patches(3, 64, g)
     z = policy.codec.encode(gt, lq)
     sigma, eps = policy.path.draw_sigma(3, g), torch.randn(z.shape, generator=g)
     s, target = sigma.view(-1, 1, 1, 1), eps-z
