@@ -156,9 +156,9 @@ def upscale_parser()->argparse.ArgumentParser:
     p.add_argument("--sampler", choices=("ddim", "ab2", "ddpm"),
         help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for "
              "FLUX")
-    p.add_argument("--color-fix", choices=("auto", "adain", "wavelet", "none"), default="auto",
-        help="give back the colours of the input (auto: adain for a backbone, otherwise none)")
-    p.add_argument("--color-strength", type=float, default=1., metavar="X", help="share of the colour fix, 0 to 1 (1)")
+    p.add_argument("--color-fix", choices=("auto", "adain", "wavelet", "none"),
+        help="give back the colours of the input; as an adapter's run says, or auto: adain for a backbone, else none")
+    p.add_argument("--color-strength", type=float, metavar="X", help="share of the colour fix, 0 to 1 (1)")
     p.add_argument("--color-linear", action="store_true", help="fix colours in linear light")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of the arithmetic")
@@ -183,7 +183,7 @@ def check_args(
     if odd := [o for o in args.seed if not 0 <= o < 2**63]: raise Usage(f"--seed must lie in [0, 2**63), got {odd[0]}")
     if len(set(args.seed)) < len(args.seed): raise Usage("--seed names a seed twice")
     if args.steps is not None and args.steps < 1: raise Usage(f"--steps must be at least 1, got {args.steps}")
-    if not 0 <= args.color_strength <= 1:
+    if args.color_strength is not None and not 0 <= args.color_strength <= 1:
         raise Usage(f"--color-strength must lie in [0, 1], got {args.color_strength}")
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise Usage(f"--guidance must be a number of at least 0, got {args.guidance}")
@@ -194,6 +194,19 @@ def _blaming(option:str)->Iterator[None]: # for whatever goes wrong inside
     try: yield
     except Exception as e: raise Usage(f"{option}: {reason(e)}") from e
 
+def _trained_with(adapter:str)->dict: # `base` of the run that trained it, as its record says; nothing if there is none
+    from srnb.policies import base_of
+    record = base_of(adapter)[0].parent/"config.json"
+    said = json.loads(record.read_text()).get("params", {}) if record.is_file() else {}
+    return said.get("config", {}).get("base", {})
+
+def _colour(args:argparse.Namespace): # the Colour of the run that trained an adapter, and what the line says
+    from srnb.colour import Colour
+    from srnb.config import revive
+    given = dict(fix=args.color_fix, strength=args.color_strength, linear=args.color_linear or None)
+    said = _trained_with(args.adapter).get("colour", {}) if args.adapter else {}
+    return revive(Colour, said | {k: v for k, v in given.items() if v is not None})
+
 def _base(args:argparse.Namespace)->tuple: # name of the model, and options of a backbone or None
     from srnb.backbones import BackboneOptions, is_backbone
     from srnb.config import revive
@@ -201,11 +214,10 @@ def _base(args:argparse.Namespace)->tuple: # name of the model, and options of a
     model, own = args.model, {}
     if args.adapter is not None:
         with _blaming(f"--adapter {args.adapter}"):
-            folder, base = base_of(args.adapter)
-            model, run = base if model is None else model, folder.parent/"config.json"
+            _, base = base_of(args.adapter)
+            model = base if model is None else model
             if model is None: raise ValueError("it does not say on which base it was trained; name that by --model")
-            said = json.loads(run.read_text()).get("params", {}) if run.is_file() and is_backbone(model) else {}
-            own = said.get("config", {}).get("base", {}).get("options", {}) # with which the run trained it
+            if is_backbone(model): own = _trained_with(args.adapter).get("options", {}) # with which the run trained it
     given = dict(control=args.control, guidance=args.guidance, tile_vae=args.tile_vae or None)
     given = {k: v for k, v in given.items() if v is not None}
     return "onestep" if model is None else model, revive(BackboneOptions, own | given) if own or given else None
@@ -266,11 +278,10 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.colour import Colour
     from srnb.images import upscale_file
     from srnb.paths import SAMPLERS
     policy, failed = _policy(args), []
-    colour = Colour(args.color_fix, args.color_strength, args.color_linear)
+    colour = _colour(args)
     sampler = SAMPLERS.get(args.sampler)
     waiting = sum(n for *_, n in todo) # pixels
     seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up

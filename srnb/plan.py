@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from torch.utils.flop_counter import flop_registry
 
-from .backbones import KINDS, BackboneError, ControlledFlux, ControlledUNet, _reading, flux_branch, unet_branch
+from .backbones import (KINDS, BackboneError, ControlledFlux, ControlledUNet, _place, _reading, flux_branch,
+                            unet_branch)
 from .core import DoesNotFit
 from .policies import Policy, layers_of
 
@@ -151,14 +152,14 @@ def read_architecture(
     import diffusers
     import transformers
     source = str(source)
-    with _reading(source, "model_index.json"): index = diffusers.DiffusionPipeline.load_config(source)
+    with _reading(source, "model_index.json"): index = diffusers.DiffusionPipeline.load_config(**_place(source))
     if (kind := KINDS.get(index["_class_name"])) is None:
         raise BackboneError(f"{source} is a {index['_class_name']}, none of {', '.join(KINDS)}")
     def part(name): # of its folder
-        package, cls = index[name]
+        (package, cls), place = index[name], dict(**_place(source), subfolder=name)
         with _reading(source, f"the config of {name}"):
-            if package == "diffusers": said = getattr(diffusers, cls).load_config(source, subfolder=name)
-            else: said = getattr(transformers, cls).config_class.from_pretrained(source, subfolder=name).to_dict()
+            if package == "diffusers": said = getattr(diffusers, cls).load_config(**place)
+            else: said = getattr(transformers, cls).config_class.from_pretrained(**place).to_dict()
         return Network(package, cls, {k: v for k, v in said.items() if k[0] != "_"})
     texts = [part(n) for n in ("text_encoder", "text_encoder_2") if index.get(n, [None])[0]]
     texts = tuple((o, max_tokens if o.name.startswith("T5") else 77) for o in texts)

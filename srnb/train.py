@@ -116,8 +116,9 @@ def plan_of(
 def train_planned(
     run,    # as `train` takes it
 )->Path:    # its folder
-    "Say what a run on a backbone will need, then train"
-    if int(os.environ.get("RANK", 0)) == 0 and (said := plan_of(run)): print(said, flush=True)
+    "Say what a run on a backbone will need, unless it goes on, then train"
+    new = int(os.environ.get("RANK", 0)) == 0 and not (Path(run.out)/"config.json").exists()
+    if new and (said := plan_of(run)): print(said, flush=True)
     return train(run)
 
 # %% ../nbs/44_train.ipynb #44-train-009

@@ -1,19 +1,22 @@
 "Colours of the input are given back before anything is ranked: in banks, scores and evaluation"
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from srnb.align import DP2O, Run, align
 from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
+from srnb.command import main
 from srnb.colour import Colour, adain_fix, low_band, to_linear, wavelet_fix
 from srnb.config import fill
-from srnb.core import RunOccupied, generator, quantize, read_run
+from srnb.core import RunOccupied, generator, quantize, read_run, to_pil
 from srnb.curation import make_bank, read_group, score_bank
 from srnb.images import upscale
-from srnb.policies import from_pretrained
+from srnb.policies import from_pretrained, load_adapter
 from srnb.rewards import PSNR_Y, Reward
-from srnb.runs import Base, Data, Judging, evaluate
+from srnb.runs import Base, Data, Judging, evaluate, policy_of
 from srnb.training import Loop
 
 
@@ -27,6 +30,10 @@ def sd(tmp_path_factory):
 def photos(n=2): # (id, lq, gt)
     g = generator(0)
     return [(f"p{k}", torch.rand(3, 16, 16, generator=g), torch.rand(3, 64, 64, generator=g)) for k in range(n)]
+
+
+def from_pil(file):
+    with Image.open(file) as im: return torch.from_numpy(np.asarray(im).copy()).permute(2, 0, 1).float().div(255)
 
 
 def note(folder): return json.loads((folder/"config.json").read_text())["params"]
@@ -75,6 +82,12 @@ def test_a_run_ranks_and_judges_fixed_samples(sd, tmp_path):
     for bank in ("bank", "before", "bank-after"):
         assert note(tmp_path/"a"/bank)["colour"]["fix"] == "adain" and "colour" not in note(other/bank)
     with pytest.raises(RunOccupied): align(fill(run, {"base.colour.strength": .5}))
+    to_pil(photos()[0][1]).save(tmp_path/"in.png") # an adapter's images are shown as its run has judged them
+    for which, colour in ((tmp_path/"a", Colour()), (other, Colour("none"))):
+        words = ["upscale", str(tmp_path/"in.png"), "-o", str(tmp_path/"out.png"), "--adapter", str(which), "--force"]
+        assert main([*words, "--steps", "2", "--dtype", "float32"]) == 0
+        policy, x = load_adapter(policy_of(run.base), which), from_pil(tmp_path/"in.png")
+        torch.testing.assert_close(from_pil(tmp_path/"out.png"), upscale(x, policy, steps=2, colour=colour))
 
 
 @pytest.mark.parametrize("fix, whole", [("adain", adain_fix), ("wavelet", wavelet_fix)])

@@ -287,6 +287,9 @@ def test_a_run_that_does_not_fit_is_told_before_it_starts(folders, tmp_path, mon
     assert train_planned(run) == run.out
     said = capsys.readouterr().out
     assert said.index("pair(s), LoRA of rank 4") < said.index("WARNING: sampling") < said.index("trains")
+    (tmp_path/"config.json").touch() # it goes on, and has said it
+    assert train_planned(run) == run.out and capsys.readouterr().out == "trains\n"
+    (tmp_path/"config.json").unlink()
     monkeypatch.setenv("RANK", "1") # of several processes one says it
     assert train_planned(run) == run.out and capsys.readouterr().out == "trains\n"
 
