@@ -27,7 +27,7 @@ ALIGNED = dict(size=64, places=1, take=2, sample_steps=1, eval_m=1, precision="n
 OWN = dict( # of each method: a few updates, a checkpoint at each
     dp2o=dict(m=2, n=1, steps=3, rank=4),
     asasr=dict(steps=3, rank=4, adversary_rank=4, outputs="bicubic;base", drift=0., start_steps=2, imitation_steps=2),
-    dro=dict(steps=3, rank=4))
+    dro=dict(steps=3, rank=4, capacity=2, refresh=2, cells=2))
 STEPS_BEFORE = dict(base=0, dp2o=0, asasr=4, dro=0) # of the loop, in stages before the run's own
 
 
