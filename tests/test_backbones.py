@@ -148,9 +148,11 @@ def test_outputs_of_the_base_have_the_prompt_of_their_photograph(folders, tmp_pa
     base = Base(str(folders["sd"]), sample_steps=1, colour=Colour("none"))
     work = Work(Run(str(tmp_path/"run"), data=data, base=base), policy, inputs, [])
     empty, told = work.outputs(("base",), work.crops)
+    def sampled(o, prompt):
+        return base.colour.images(policy.sample(o.lq[None], [0], 1, prompts=[prompt])[0], o.lq, policy.codec)
     for o, prompt in ((empty, ""), (told, "a tree")):
-        assert torch.equal(o.sr, policy.sample(o.lq[None], [0], 1, prompts=[prompt])[0])
-    assert not torch.equal(told.sr, policy.sample(told.lq[None], [0], 1)[0])
+        assert torch.equal(o.sr, sampled(o, prompt))
+    assert not torch.equal(told.sr, sampled(told, ""))
 
 
 def latents_of_diffusers(pipe, policy, lq): # two steps of its own pipeline, with the noise of `seed 7`
@@ -207,8 +209,10 @@ def test_run(folders, tmp_path, kind, train, precision):
     out = align(run)
     before, after = (read_group(out/n, ids[1]) for n in ("before", "bank-after"))
     assert before.prompt == "a tree" and (before.sr-after.sr).abs().max() > 1/255
-    policy = load_backbone(folders[kind], options, dtype=dtype_of(precision), prompts=["a tree"])
-    def sample(): return policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
+    policy = load_backbone(folders[kind], options, None, dtype_of(precision), prompts=["a tree"], texts=out/"texts")
+    def sample():
+        sr = policy.sample(before.lq[None], group_seeds(ids[1], 1), 2, prompts=["a tree"])[0]
+        return run.base.colour.images(sr, before.lq, policy.codec)
     moved = (before.sr-after.sr).abs().mean()
     # a run keeps prompts in float16, which moves single pixels by a step; bfloat16's products round as memory lies
     rounding = 1e-5 if precision == "no" else .01

@@ -216,7 +216,9 @@ OWN = { # of one setting
     "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
         control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
         control_scale=(.5, OTHER), max_tokens=(77, OTHER), texts=("folder", OTHER), prediction=("epsilon", OTHER),
-        checkpointing=(True, OTHER), tile_vae=(True, OTHER), levels=("shifted", OTHER))) | {
+        checkpointing=(True, OTHER), tile_vae=(True, OTHER), levels=("shifted", OTHER),
+        variant=("fp16", OTHER), quantize=("4bit", OTHER), offload_vae=(True, OTHER), attention=("flash", OTHER),
+        compile=(True, OTHER))) | {
         "prompts": (given("prompts"), "!BaseRun.prompts is for"),
         "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
         "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},

@@ -173,7 +173,7 @@ def test_one_load_and_one_encoding(folders, counted, tmp_path, kind, method, tra
     assert sorted(counted.prompts) == sorted({"", *told} | ({NEGATIVE} if kind != "flux" else set()))
     if kind != "flux": # whose inputs are latents, too
         assert sum(counted.pictures) == len(list((out/"latents").iterdir()))
-    policy = policy_of(run.base, run.data.prompts, texts=out/"texts") # read anew, it gives what the run sampled with its one base
+    policy = policy_of(run.base, run.data.prompts, texts=out/"texts") # read anew, it gives what the run sampled
     found = read_group(out/"bank-after", (i := embedded_photos("held_out")[0].id))
     seeds = group_seeds(i, 1)
     def sample():
