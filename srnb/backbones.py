@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['SPACINGS', 'NEGATIVE', 'KINDS', 'TINY', 'SDEps', 'SDV', 'FluxPath', 'LatentCodec', 'weight_files', 'file_digest',
            'checksum', 'Weights', 'weights_of', 'digest_of', 'Cond', 'ControlledUNet', 'pack', 'unpack',
-           'ControlledFlux', 'unet_branch', 'flux_branch', 'Texts', 'Backbone', 'BackboneOptions', 'BackboneError',
-           'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny', 'write_tiny_control', 'save_lora',
-           'save_control']
+           'ControlledFlux', 'unet_branch', 'flux_branch', 'Texts', 'Backbone', 'BackboneOptions', 'hush',
+           'BackboneError', 'Kind', 'load_control', 'is_backbone', 'load_backbone', 'write_tiny', 'write_tiny_control',
+           'save_lora', 'save_control']
 
 # %% ../nbs/12_backbones.ipynb #12-backbones-004
 import copy
 import hashlib
 import inspect
 import json
+import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -531,6 +533,11 @@ class BackboneOptions:
         if self.quantize not in ("no", "8bit", "4bit"):
             raise ValueError(f"quantize must be no, 8bit or 4bit, got {self.quantize!r}")
 
+def hush()->None:
+    "For commands: leave out what libraries remark on kernels and names that nothing here uses"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated")
+
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
 
@@ -925,5 +932,6 @@ Backbone.write_plain = _write_plain
 if __name__ == "__main__" and "get_ipython" not in globals():
     if len(sys.argv) != 3 or sys.argv[1] not in TINY:
         raise SystemExit(f"usage: python -m srnb.backbones {'|'.join(TINY)} folder")
+    hush()
     try: print(write_tiny(*sys.argv[1:]))
     except (OSError, ValueError) as e: raise SystemExit(f"python -m srnb.backbones: {e}") from None

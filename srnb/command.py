@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -308,22 +309,35 @@ def run_train(
     argv:Sequence[str], # what follows `srnb train`
 )->int:                 # exit code
     "Train what a preset, a JSON config or an object of your own file describes"
+    from srnb.backbones import hush
     from srnb.train import run_of, train_planned
+    hush()
     print(train_planned(run_of(list(argv) or ["--help"])))
     return 0
 
 def run_plan(
-    argv:Sequence[str], # what follows `srnb plan`: perhaps one of `planned()`, then a run as `srnb train` takes it
+    argv:Sequence[str], # what follows `srnb plan`: perhaps a backbone, then a run as `srnb train` takes it
 )->int:                 # exit code
     "Say what a run needs on a card, before anything is downloaded"
-    from srnb.train import plan_of, planned, presets, run_of
-    architecture = planned().get(argv[0]) if argv else None
-    words = list(argv if architecture is None else argv[1:] or ["dp2o"])
-    if words and words[0] in presets() and not any("precision" in o for o in words): # as a card has it
-        words += ["--base.precision", "bf16"]
-    if not (said := plan_of(run_of(words or ["--help"], "srnb plan"), architecture)):
-        raise Usage(f"srnb plan: this run has no backbone; put {', '.join(planned())} before it, or name a folder or "
-                    "owner/name by --base.backbone")
+    from srnb.backbones import hush, is_backbone
+    from srnb.train import PLAN_USAGE, BaseRun, CTMSRRun, plan_of, planned, presets, run_of
+    hush()
+    words, known = list(argv) or ["--help"], planned()
+    is_run = words[0] in presets() or words[0].endswith(".json")
+    backbone = words.pop(0) if words[0] in known or not is_run and is_backbone(words[0]) else None
+    if not words or words[0].startswith("--") and words[0] != "--help": words.insert(0, "dp2o")
+    read = partial(run_of, prog="srnb plan", usage=PLAN_USAGE, before=(*known, "FOLDER", "OWNER/NAME"))
+    run = read(words[:1])
+    if isinstance(run, CTMSRRun):
+        raise Usage(f"srnb plan: {words[0]} trains a small network of its own and takes no backbone; plan another run")
+    at, name = ("--", "--init") if isinstance(run, BaseRun) else ("--base.", "--base.backbone")
+    given = [name, known[backbone].hub if backbone in known else backbone] if backbone else []
+    if words[0] in presets() and not any("precision" in o for o in words): # as a card has it
+        given += [f"{at}precision", "bf16"]
+    words[1:1] = given # options of a backbone are refused without one
+    if not (said := plan_of(read(words), known.get(backbone))):
+        raise Usage(f"srnb plan: this run has no backbone; put {', '.join(known)}, a folder or owner/name before it, "
+                    f"or name a folder or owner/name by {name}")
     print(said)
     return 0
 

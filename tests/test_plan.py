@@ -1,5 +1,8 @@
 "Memory and FLOPs before loading: properties over tiny architectures, and plans against what runs hold"
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import srnb.train
 from srnb.align import ASASR, DP2O, DRO, SFT, Run, Top
-from srnb.backbones import BackboneOptions, ControlledFlux, ControlledUNet, write_tiny
+from srnb.backbones import BackboneError, BackboneOptions, ControlledFlux, ControlledUNet, write_tiny
 from srnb.command import main
 from srnb.core import generator
-from srnb.onestep import BaseRun
+from srnb.onestep import BaseRun, CTMSRRun
 from srnb.pairs import Pairs, draw_loss, draw_pairs
 from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, autocast, build,
                        cost, course_of, largest, measure, plan, read_architecture, run_layers)
 from srnb.runs import Base, Data, add_trained, policy_of
-from srnb.train import plan_of, plans_of, train_planned
+from srnb.train import plan_of, planned, plans_of, presets, train_planned
 from srnb.training import Loop, fit
 
 TEXT = (Network("transformers", "T5EncoderModel", dict(d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=1,
@@ -304,6 +307,105 @@ def test_the_command_plans_folders_and_names(folders, tmp_path, capsys):
     assert "denoiser, float32" in capsys.readouterr().out
     assert main(["plan", "dp2o"]) == 2 and "this run has no backbone; put sd2" in capsys.readouterr().err
     assert main(["plan", "dp2o", "--base.backbone", str(tmp_path/"nothing")]) == 1
+
+
+def test_a_revision_is_planned_and_told_before_training(folders, tmp_path, monkeypatch, capsys):
+    asked, real = [], srnb.plan._place
+    def place(source): # the Hub is that folder
+        asked.append(real(source))
+        return dict(pretrained_model_name_or_path=str(folders["sd"]))
+    monkeypatch.setattr(srnb.plan, "_place", place)
+    monkeypatch.setattr(srnb.train, "train", lambda run: run.out)
+    run = run_on("owner/name@abc", tmp_path)
+    assert train_planned(run) == run.out and "owner/name@abc at 64²" in capsys.readouterr().out
+    assert all(o == dict(pretrained_model_name_or_path="owner/name", revision="abc") for o in asked) and asked
+    monkeypatch.setattr(srnb.plan, "_place", real)
+    with pytest.raises(BackboneError, match="is a folder of this machine, which has no revisions: leave @abc out"):
+        plan_of(run_on(f"{folders['sd']}@abc", tmp_path))
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_known_name_plans_every_preset(preset, monkeypatch, capsys):
+    seen, real = [], srnb.train.plan_of
+    def plan_of(*words): return real(*words) if isinstance(words[0], CTMSRRun) else seen.append(words) or "planned"
+    monkeypatch.setattr(srnb.train, "plan_of", plan_of)
+    at = "--" if preset == "base" else "--base."
+    for name, architecture in planned().items():
+        if preset == "ctmsr":
+            assert main(["plan", name, preset]) == 2 and "takes no backbone" in capsys.readouterr().err
+            continue
+        options = [f"{at}options.checkpointing"], [f"{at}precision", "no"]
+        for more in ([], *(options if name == "sd2" else ())):
+            assert main(["plan", name, preset, *more]) == 0, more
+            run, of = seen.pop()
+            options, precision = (o.options, o.precision) if isinstance(o := run, BaseRun) else (
+                o.base.options, o.base.precision)
+            assert of == architecture and precision == ("no" if "no" in more else "bf16")
+            assert options.checkpointing == ("options.checkpointing" in "".join(more))
+
+
+def test_the_first_word_of_a_plan_is_a_backbone(folders, tmp_path, capsys):
+    small = "--data.size", "64", "--out", str(tmp_path/"out")
+    for words in (["dp2o", *small], small): # dp2o, if there is no preset
+        assert main(["plan", str(folders["sd"]), *words]) == 0
+        assert f"{folders['sd']} at 64²: 8 pair(s), LoRA of rank 16" in capsys.readouterr().out
+    assert main(["plan", str(folders["sd"]), "base"]) == main(["plan", "base", "--init", str(folders["sd"])]) == 0
+    assert capsys.readouterr().out.count("16 crop(s), the whole branch") == 2
+    assert main(["plan", f"{folders['sd']}@abc"]) == 1 and "has no revisions" in capsys.readouterr().err
+    assert main(["plan", "SD2"]) == 1 and "no backbone and no preset 'SD2'; did you mean 'sd2'?" in (
+        capsys.readouterr().err)
+    assert main(["plan", "ctmsr"]) == 2 and "takes no backbone" in capsys.readouterr().err
+    assert main(["plan", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: srnb plan [sd2|sd15|sdxl|flux|FOLDER|OWNER/NAME] PRESET|CONFIG.json|FILE.py:NAME")
+    assert "srnb plan sdxl dp2o --data.size 512 --patch 512" in said and "DP2O-SR" in said
+
+
+def test_packed_weights_and_a_vae_in_main_memory_are_planned(folders, tmp_path):
+    import bitsandbytes.functional as bnb
+    sampling, training = plans_of(run_on(folders["flux"], tmp_path, precision="bf16"))
+    net = read_architecture(folders["flux"]).denoiser.build("cpu")
+    linear = [m.weight for m in net.modules() if isinstance(m, nn.Linear)]
+    rest = 2*(sum(p.numel() for p in net.parameters())-sum(w.numel() for w in linear))
+    four = [bnb.quantize_4bit(w.float(), quant_type="nf4") for w in linear]
+    four = rest+sum(o.nbytes+state.absmax.nbytes for o, state in four)
+    eight = rest+sum(w.numel()+4*len(w) for w in linear) # a scale for each row
+    for bits, there in (("4bit", four), ("8bit", eight)):
+        for plain, packed in zip((sampling, training), plans_of(run_on(folders["flux"], tmp_path, precision="bf16",
+                                                                        quantize=bits)), strict=True):
+            assert abs(packed.resident[f"denoiser, {bits}"]/there-1) < .01
+            assert "denoiser, bf16" not in packed.resident and packed.bytes <= plain.bytes
+            assert packed.resident["branch, bf16"] == plain.resident["branch, bf16"] # it is never packed
+    away = plans_of(run_on(folders["flux"], tmp_path, precision="bf16", offload_vae=True))
+    for plain, moved, works in zip((sampling, training), away, ("VAE decodes", "VAE encodes"), strict=True):
+        assert "VAE, float32" not in moved.resident
+        assert moved.momentary[works] == plain.momentary[works]+plain.resident["VAE, float32"]
+        assert moved.momentary["activations"] == plain.momentary["activations"]
+
+
+def test_a_plan_ends_with_what_to_change(folders, tmp_path):
+    run = run_on(folders["sd"], tmp_path, batch=2)
+    *_, patch, smaller = plan_of(run).splitlines()
+    assert "made for pictures of 512 pixels or more" in patch and patch.endswith(": --data.size 512 --patch 512")
+    assert smaller == "smaller: --base.options.checkpointing, --batch 1"
+    base = BaseRun(str(tmp_path), init=str(folders["sd"]), batch=2)
+    *_, patch, smaller = plan_of(base).splitlines()
+    assert patch.endswith("patches of 64: --patch 512") and smaller == "smaller: --options.checkpointing, --batch 1"
+    done = replace(run_on(folders["sd"], tmp_path, checkpointing=True), data=Data(size=256), patch=256)
+    assert plan_of(done).splitlines()[-1].startswith("  before ")
+
+
+@pytest.mark.slow # two programs
+def test_commands_leave_out_what_libraries_remark(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "CUDA_VISIBLE_DEVICES")}
+    line = ("import runpy, sys; from srnb.command import main; sys.argv = ['', 'flux', sys.argv[1]]; "
+            "runpy.run_module('srnb.backbones', run_name='__main__'); "
+            "sys.exit(main(['plan', sys.argv[2], '--data.size', '64']))")
+    done = subprocess.run([sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-c", line, str(tmp_path/"flux")],
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr and "Warning" not in done.stderr, done.stderr
+    assert "LoRA of rank 16" in done.stdout
 
 
 @contextmanager
