@@ -898,10 +898,10 @@ def save_control(
     folder:str|Path,
     names:Sequence[str]=("policy",), # adapters on the control branch, which are added
 )->Path:
-    "Write the control branch, with what was trained on it, as a ControlNet of diffusers"
+    "Write the control branch, with what was trained on it, as a ControlNet of diffusers, in float32"
     net = getattr(policy.net, "module", policy.net).controlnet
     whole = [n for n in names if hasattr(net, "original_module") and n in net.modules_to_save]
-    net = copy.deepcopy(net.modules_to_save[whole[0]] if whole else getattr(net, "original_module", net))
+    net = copy.deepcopy(net.modules_to_save[whole[0]] if whole else getattr(net, "original_module", net)).float()
     for path, layer in list(net.named_modules()):
         if not hasattr(layer, "lora_A"): continue
         layer.merge(adapter_names=[n for n in names if n in layer.lora_A])

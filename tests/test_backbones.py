@@ -522,3 +522,17 @@ def test_weight_files(tmp_path, monkeypatch):
     assert found("owner/name@other", "unet") == []
     assert found(unet.parent, "unet", "fp16") == found("owner/name", "unet", "fp16") == names[3:]
     assert found(unet/names[1]) == names[1:2] and found("owner/other", "unet") == found(tmp_path/"none") == []
+
+
+def test_a_small_change_of_a_bfloat16_branch_is_written_whole(folders, tmp_path):
+    "LoRA is merged in float32: bfloat16 would round a change of one in ten thousand away"
+    options = BackboneOptions(control=str(folders["sd-control"]), train="control")
+    policy = load_backbone(folders["sd"], options, dtype=torch.bfloat16)
+    for p in policy.add_lora(2): p.data.add_(2e-4*torch.randn(p.shape, generator=generator(1)))
+    layers = [(n, m) for n, m in policy.net.named_modules() if hasattr(m, "lora_A")]
+    written = load_file(backbones.save_control(policy, tmp_path/"control")/"diffusion_pytorch_model.safetensors")
+    assert layers and all(o.dtype == torch.float32 for o in written.values())
+    for name, layer in layers:
+        change = layer.get_delta_weight("policy").detach().float()
+        found = written[name.partition("controlnet.")[2] + ".weight"] - layer.get_base_layer().weight.float()
+        assert (found-change).norm() < 1e-2*change.norm()
