@@ -764,6 +764,7 @@ def load_backbone(
     if how != (False, None, "no"): policy.settings += how
     packed = "" if options.quantize == "no" else options.quantize
     policy.name, policy.stored = source, packed or ("float16" if dtype == torch.float16 else "")
+    policy.control = options.control
     if options.control: # its folder may list the photographs that it has seen
         control = Path(options.control)
         policy.source = control.parent if control.suffix == ".safetensors" else control

@@ -536,3 +536,11 @@ def test_a_small_change_of_a_bfloat16_branch_is_written_whole(folders, tmp_path)
         change = layer.get_delta_weight("policy").detach().float()
         found = written[name.partition("controlnet.")[2] + ".weight"] - layer.get_base_layer().weight.float()
         assert (found-change).norm() < 1e-2*change.norm()
+
+
+def test_an_adapter_says_what_differs_under_the_same_name(folders, tmp_path):
+    policy = backbone(folders, "sd")
+    policy.add_lora(2)
+    save_adapter(policy, tmp_path/"adapter")
+    with pytest.raises(ValueError, match="control branch in options.control.*same name"):
+        load_adapter(load_backbone(folders["sd"]), tmp_path/"adapter")
