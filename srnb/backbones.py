@@ -94,11 +94,16 @@ class FluxPath(Flow):
 class LatentCodec:
     "Between images and the latents of a VAE"
     vae:nn.Module = field(repr=False, compare=False)
-    digest:str = ""   # of its weights
+    digest:str = ""   # of its weights, when it was read or, in a run, when the run began
     factor:int = 4    # upscaling
     kept:str|Path|None = field(default=None, repr=False, compare=False) # folder for latents of whole pictures
     visits:torch.device|None = field(default=None, repr=False, compare=False) # where it works and does not stay
+    weights:"Weights|None" = field(default=None, repr=False, compare=False) # what the VAE was read from
     scale = .5        # units of [0, 1] in one unit of the VAE's images, which lie in [-1, 1]
+
+    def now(self)->str:
+        "Digest of the VAE's weights as they are now"
+        return digest_of(self.vae, weights=self.weights)
 
     @property
     def down(self)->int: return 2**(len(self.vae.config.block_out_channels)-1) # pixels of a latent
@@ -165,17 +170,18 @@ def weight_files(
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
     "The safetensors files that hold a part's weights"
-    from huggingface_hub import try_to_load_from_cache
-    place = _place(source)
-    name, path = place["pretrained_model_name_or_path"], Path(source)/part
+    path = Path(source)/part
     if path.suffix == ".safetensors": return [path]
-    if not path.exists():
-        file, revision = f"{part}/config.json".lstrip("/"), place.get("revision")
-        here = try_to_load_from_cache(name, file, revision=revision) if is_backbone(source) else None
-        if not isinstance(here, str): return []
-        path = Path(here).parent
+    if not path.exists() and (path := _cached(source, f"{part}/config.json".lstrip("/"))) is None: return []
     def meant(file): return f".{variant}" in file.name if variant else file.name.count(".") == 1
     return sorted(f for f in path.glob("*.safetensors") if meant(f))
+
+def _cached(source:str|Path, file:str)->Path|None: # folder of this file of a name on the Hub, if it lies here
+    from huggingface_hub import try_to_load_from_cache
+    place = _place(source)
+    name, revision = place["pretrained_model_name_or_path"], place.get("revision")
+    here = try_to_load_from_cache(name, file, revision=revision) if is_backbone(source) else None
+    return Path(here).parent if isinstance(here, str) else None
 
 def _stamp(path:Path)->list[int]:
     "Size in bytes and time of the last change in nanoseconds: they differ once a file has been changed"
@@ -441,9 +447,22 @@ def _two_bytes(o:Tensor)->Tensor: # half precision; numbers that it cannot hold 
     if o.dtype == torch.bfloat16 or o.abs().max() > torch.finfo(torch.float16).max: return o
     return o.half()
 
-def _encoder_files(source:str)->list: # of a local folder, with size and time of change; a name on the Hub has none
-    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/*") if f.is_file())
-    return [[str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _encoder_files(source:str|Path)->list: # with size and time of change; of a name on the Hub, its snapshot
+    if not Path(source).exists(): return [folder.name] if (folder := _cached(source, "model_index.json")) else []
+    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/[!.]*"))
+    return [[str(f.relative_to(source)), *_stamp(f)] for f in files if f.is_file()]
+
+def _encoders(source:str|Path, variant:str|None=None)->str: # digest of the text encoders' and tokenizers' files
+    folder, h = Path(source) if Path(source).exists() else _cached(source, "model_index.json"), hashlib.blake2b()
+    for part in sorted(o for k in ("text_encoder", "tokenizer") for o in (folder.glob(f"{k}*") if folder else ())):
+        for f in weight_files(folder, part.name, variant): h.update(f"{part.name}/{f.name} {file_digest(f)}".encode())
+        for f in sorted(part.glob("[!.]*")): # what is small
+            if f.suffix in (".json", ".txt", ".model"): h.update(f"{part.name}/{f.name} ".encode() + f.read_bytes())
+    return h.hexdigest()[:16]
+
+def _config(net:nn.Module)->str: # what begins with _ tells where and by which version it was written
+    said = {k: v for k, v in net.config.items() if k[0] != "_" and k != "quantization_config"}
+    return json.dumps(said, sort_keys=True, default=str)
 
 def _sd_text(pipe, prompts, device, max_tokens): # one row a prompt
     return [dict(text=pipe.encode_prompt(p, device, 1, False)[0][0]) for p in prompts]
@@ -475,13 +494,28 @@ class Backbone(Policy):
         sampler = sample_ddpm if isinstance(path, VP) else sample_ddim # as DP2O-SR; on a flow ddim is Euler's method
         super().__init__(net, path, trained_on, codec, dtype, sampler)
         self.texts, self.guidance, self.negative = texts, guidance, negative
-        # what samples depend on beside the weights
-        self.settings = guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale
+        self.encoders, self.told = "", () # digest of the text encoders; options that count
+
+    def plain(self)->nn.Module:
+        "The network without wrappers"
+        return next(m for m in self.net.modules() if hasattr(type(m), "base_name"))
+
+    @property
+    def settings(self)->tuple: # what samples depend on beside the weights, as it is now
+        net, negative = self.plain(), self.negative if self.guidance != 1 else ""
+        own = self.guidance, negative, getattr(net, "guidance", None), net.control_scale, self.codec.vae.use_tiling
+        return *own, self.parts, *self.told
+
+    @property
+    def parts(self)->str: # what tells the text encoders, the VAE, and how both networks are built
+        net = self.plain()
+        configs = _config(getattr(net, net.base_name)), _config(self.codec.vae)
+        return " ".join((self.encoders, self.codec.now(), *configs))
 
     def keep(self, folder:Path)->None:
         "From now on encoded prompts and latents of whole pictures lie here, for other runs and for the next call"
         if self.texts.folder: self.texts.save()
-        self.codec = replace(self.codec, kept=folder/"latents")
+        self.codec = replace(self.codec, kept=folder/"latents", digest=self.codec.now())
 
     def path_of(self, lq:Tensor): # the size alone matters
         return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta"))
@@ -742,6 +776,7 @@ def load_backbone(
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
     if options.texts: texts.save()
     texts.encoder = None # a prompt that comes late shall be an error and not a second load
+    encoders = _encoders(source, options.variant)
     net = kind.net(source, dtype, options.control, options, trained_on)
     _tuned(net, options)
     vae = _part(AutoencoderKL, source, "vae", torch.float32, options.variant)
@@ -753,15 +788,15 @@ def load_backbone(
     own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
     files = weights_of(vae, {"": weight_files(source, "vae", options.variant)})
     visits = torch.device(device) if options.offload_vae else None
-    codec = LatentCodec(vae, digest_of(vae, weights=files), visits=visits)
+    codec = LatentCodec(vae, digest_of(vae, weights=files), visits=visits, weights=files)
     policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
     base = weight_files(source, kind.denoiser, options.variant)
     policy.weights = weights_of(net, {f"{kind.denoiser}.": base, "controlnet.": branch})
-    policy.settings += (options.max_tokens, options.tile_vae)
+    policy.encoders, policy.told = encoders, (options.max_tokens,)
     how = options.compile, options.attention, options.quantize
-    if how != (False, None, "no"): policy.settings += how
+    if how != (False, None, "no"): policy.told += how
     packed = "" if options.quantize == "no" else options.quantize
     policy.name, policy.stored = source, packed or ("float16" if dtype == torch.float16 else "")
     policy.control = options.control

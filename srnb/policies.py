@@ -78,6 +78,8 @@ EMPTY = seed_of("prompt", "") # of an empty prompt
 
 class Policy:
     "A conditional generator: network, path, codec, and adapters on the same weights"
+    settings = () # what else samples depend on; a backbone has guidance and a negative prompt
+    parts = ""    # what tells a backbone's other parts: text encoders, VAE, configs
     def __init__(self,
         net:nn.Module,                       # net(x, sigma, cond) -> prediction on `trained_on`
         path=Flow(),                         # noqa: B008  path on which this policy is asked and sampled
@@ -90,7 +92,6 @@ class Policy:
         self.dtype, self.sampler = dtype, sampler
         self.source = None # folder that it was read from, which may list what it has seen
         self.name = None   # by which it was read; an adapter's file holds it
-        self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self.weights = None # the files that a backbone was read from; None: its weights are all that tells it
         self.batch = 0    # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
         self.control = None # what a backbone's control branch was read from
@@ -470,7 +471,8 @@ def base_print(
     policy:Policy, # with or without adapters, which do not count
 )->str:            # 16 hexadecimal digits
     "What tells a base from others of its form: path, codec, and at most sixteen weights of every tensor, in bfloat16"
-    h = hashlib.blake2b(repr((policy.trained_on, policy.codec)).encode(), digest_size=8)
+    said = repr((policy.trained_on, policy.codec)) + policy.parts
+    h = hashlib.blake2b(said.encode(), digest_size=8)
     weights = {bare_name(n): p.detach() for n, p in policy.net.state_dict().items() if bare_name(n)}
     for n, p in sorted(weights.items()):
         some = p.flatten()[::max(1, -(-p.numel()//16))].float().bfloat16().float().cpu()

@@ -33,7 +33,7 @@ from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, draw_alone, draw_los
                         split_backward)
 from srnb.paths import Shift
 from srnb.plan import DoesNotFit
-from srnb.policies import load_adapter, save_adapter, text_ids
+from srnb.policies import base_print, load_adapter, save_adapter, text_ids
 from srnb.runs import Base, Data, Judging, dtype_of
 from srnb.spectral import SobolevEnergy
 from srnb.training import Loop, fit, put
@@ -435,7 +435,7 @@ def test_fingerprint_by_files(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "_raw", lambda p: hashed.append(tuple(p.shape)) or raw(p))
     monkeypatch.setattr(hashlib, "file_digest", lambda f, how: read.append(f.name) or file_digest(f, how))
     first = fingerprint(load())
-    assert not hashed and [Path(o).parent.name for o in read] == ["vae", "unet", "sd-control"]
+    assert not hashed and [Path(o).parent.name for o in read] == ["text_encoder", "vae", "unet", "sd-control"]
     read.clear()
     policy = load()
     assert fingerprint(policy) == first and not hashed and not read
@@ -544,3 +544,62 @@ def test_an_adapter_says_what_differs_under_the_same_name(folders, tmp_path):
     save_adapter(policy, tmp_path/"adapter")
     with pytest.raises(ValueError, match="control branch in options.control.*same name"):
         load_adapter(load_backbone(folders["sd"]), tmp_path/"adapter")
+
+
+def changed_encoder(source):
+    file = next((source/"text_encoder").glob("*.safetensors"))
+    state = load_file(file)
+    save_file(state | {n: 1.1*p for n, p in state.items() if "embed" in n}, file, dict(format="pt"))
+
+
+def changed_config(source, part, **change):
+    file = source/part/"config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.mark.parametrize("change", [
+    changed_encoder, lambda o: (o/"tokenizer"/"more.json").write_text("{}"),
+    lambda o: changed_config(o, "unet", norm_eps=1e-3), lambda o: changed_config(o, "vae", scaling_factor=.2),
+], ids=["encoder", "tokenizer", "unet", "vae"])
+def test_every_part_of_a_base_is_in_its_fingerprints(folders, tmp_path, change):
+    "Text encoders, tokenizers and the parts' configs decide samples, too"
+    source = shutil.copytree(folders["sd"], tmp_path/"sd", ignore=shutil.ignore_patterns(".*"))
+    def prints(o): return [f(load_backbone(o)) for f in (fingerprint, base_print)]
+    before = prints(source)
+    assert before == prints(folders["sd"])
+    change(source)
+    assert all(a != b for a, b in zip(before, prints(source), strict=True))
+
+
+def test_encoders_of_a_name_on_the_hub(folders, tmp_path, monkeypatch):
+    "A name on the Hub has the digest of a folder with the same files"
+    top = tmp_path/"models--owner--name"
+    snapshot = shutil.copytree(folders["sd"], top/"snapshots"/"1", ignore=shutil.ignore_patterns(".*"))
+    (top/"refs").mkdir()
+    (top/"refs"/"main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    first = backbones._encoders("owner/name")
+    assert first == backbones._encoders("owner/name@main") == backbones._encoders(str(folders["sd"]))
+    changed_encoder(snapshot)
+    assert backbones._encoders("owner/name") != first
+
+
+def test_settings_and_vae_changed_in_memory_are_seen(folders):
+    policy = backbone(folders, "sd")
+    first = fingerprint(policy)
+    def told(owner, name, value):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        found = fingerprint(policy)
+        setattr(owner, name, before)
+        return found
+    weight = policy.codec.vae.decoder.conv_in.weight
+    held = weight.clone()
+    weight.data.mul_(1.01)
+    vae = fingerprint(policy)
+    weight.data.copy_(held)
+    policy.add_lora(2)
+    adapted = fingerprint(policy)
+    inside = policy.net.base_model.model
+    assert told(inside, "control_scale", .5) != adapted and told(policy, "guidance", 1.) != adapted
+    assert vae != first and fingerprint(policy) == adapted
