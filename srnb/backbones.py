@@ -564,6 +564,13 @@ class BackboneOptions:
             raise ValueError(f"levels must be one of {', '.join(_LEVELS)}, got {self.levels!r}")
         if self.quantize not in ("no", "8bit", "4bit"):
             raise ValueError(f"quantize must be no, 8bit or 4bit, got {self.quantize!r}")
+        if self.max_tokens < 1: raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be 0 or more, and finite, got {self.guidance}")
+        if not math.isfinite(self.control_scale):
+            raise ValueError(f"control_scale must be finite, got {self.control_scale}")
+        if self.guidance == 1 and self.negative != NEGATIVE:
+            raise ValueError("negative is read by guidance alone, and guidance 1 is none: leave one of them out")
 
 class BackboneError(RuntimeError):
     "A backbone cannot be read; the text says which, why and what to do"
@@ -606,7 +613,7 @@ def _place(source:str|Path)->dict: # as `from_pretrained` takes it
 
 def _part(cls, source:str, name:str, dtype:torch.dtype, variant:str|None=None, **more)->nn.Module:
     how = dict(subfolder=name, dtype=dtype, use_safetensors=True, variant=variant, **more)
-    with _reading(source, f"{name}, variant {variant!r}," if variant else name):
+    with _reading(source, f"{name} with options.variant = {variant!r}" if variant else name):
         net = cls.from_pretrained(**_place(source), **how)
     return net.requires_grad_(False).eval()
 
@@ -709,7 +716,12 @@ def load_control(
             raise BackboneError(f"{path} is pickled, and unpickling can run anything: "
                                 "convert it to safetensors where you trust it")
         file = path if path.suffix == ".safetensors" else path/"diffusion_pytorch_model.safetensors"
-        with _reading(str(path), "the control branch"):
+        here = path.exists() or Path(str(path).rpartition("@")[0] or path).exists()
+        if not here and (path.suffix == ".safetensors" or not is_backbone(source)):
+            raise BackboneError(f"options.control: there is no folder or file {path}: name one that holds a control "
+                                "branch, or owner/name on the Hub")
+        what = "the control branch" + ("" if here else " of options.control (there is no such folder here)")
+        with _reading(str(path), what):
             if file.exists(): state = load_file(file)
             else: state = type(net).from_pretrained(**_place(source), use_safetensors=True).state_dict()
         for prefix in ("module.", "controlnet."): # of a training script's wrapper
@@ -761,11 +773,19 @@ def load_backbone(
                             "one of them trains on wrong targets")
     if options.levels != "uniform" and not isinstance(trained_on, FluxPath):
         raise BackboneError(f"{source} is no FLUX: it draws its training levels evenly; leave options.levels out")
+    if kind.guidance is None and options.negative != NEGATIVE:
+        raise BackboneError(f"{source} has its guidance distilled and reads no negative prompt: leave options.negative "
+                            "out")
+    if kind.text is not _flux_text and options.max_tokens != BackboneOptions.max_tokens:
+        raise BackboneError(f"{source} has no T5, and its text encoders read 77 tokens: leave options.max_tokens out")
+    if options.texts and Path(options.texts).exists() and not Path(options.texts).is_dir():
+        raise BackboneError(f"options.texts: {options.texts} is a file: name a folder for encoded prompts")
     if isinstance(path, Shift): raise ValueError("residual shifting is a path of pixels; a backbone works on latents")
     others = ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser)
     absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
     def encode(prompts):
-        with _reading(source, "a text encoder"):
+        named = f"a text encoder with options.variant = {options.variant!r}" if options.variant else "a text encoder"
+        with _reading(source, named):
             how = dict(dtype=dtype, use_safetensors=True, variant=options.variant, **absent)
             pipe = DiffusionPipeline.from_pretrained(**_place(source), **how).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)

@@ -289,7 +289,7 @@ def test_variant(folders, tmp_path):
     a, b = load_backbone(tmp_path/"sd", BackboneOptions(variant="fp16")), load_backbone(folders["sd"])
     for n, p in a.net.unet.state_dict().items(): assert torch.equal(p, b.net.unet.state_dict()[n])
     with pytest.raises(BackboneError, match="missing or damaged"): load_backbone(tmp_path/"sd")
-    with pytest.raises(BackboneError, match="text encoder|variant 'fp32'"):
+    with pytest.raises(BackboneError, match="options.variant = 'fp32'"):
         load_backbone(tmp_path/"sd", BackboneOptions(variant="fp32"))
 
 
@@ -603,3 +603,21 @@ def test_settings_and_vae_changed_in_memory_are_seen(folders):
     inside = policy.net.base_model.model
     assert told(inside, "control_scale", .5) != adapted and told(policy, "guidance", 1.) != adapted
     assert vae != first and fingerprint(policy) == adapted
+
+
+def test_options_without_sense_or_effect_are_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for wrong, named in ((dict(max_tokens=0), "max_tokens.*at least 1"), (dict(guidance=-1.), "guidance.*0 or more"),
+                         (dict(guidance=math.nan), "guidance.*0 or more"),
+                         (dict(control_scale=math.nan), "control_scale.*finite"),
+                         (dict(negative="a house", guidance=1.), "negative.*guidance 1")):
+        with pytest.raises(ValueError, match=named): BackboneOptions(**wrong)
+    file, none = tmp_path/"file", str(tmp_path/"none")
+    file.touch()
+    for kind, wrong, named in (("flux", dict(negative="a house"), "leave options.negative out"),
+                               ("sd", dict(max_tokens=64), "leave options.max_tokens out"),
+                               ("sd", dict(control=none), f"options.control: there is no folder or file {none}"),
+                               ("sd", dict(control="no/folder"), r"no/folder.*of options.control \(there is no such"),
+                               ("sd", dict(texts=str(file)), "options.texts.*is a file"),
+                               ("sd", dict(variant="fp16"), "options.variant = 'fp16'")):
+        with pytest.raises(BackboneError, match=named): load_backbone(folders[kind], BackboneOptions(**wrong))
