@@ -168,7 +168,8 @@ def upscale_parser()->argparse.ArgumentParser:
     there.add_argument("--force", action="store_true", help="replace outputs that exist")
     there.add_argument("--skip", action="store_true", help="leave an output that exists, as those of a folder are")
     more = p.add_argument_group("for a backbone")
-    more.add_argument("--control", metavar="FOLDER|FILE", help="control branch; a copy of the base if not given")
+    more.add_argument("--control", metavar="FOLDER|FILE",
+        help="control branch, which reads the input; --adapter RUN knows that of its run")
     more.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
     more.add_argument("--guidance", type=float, metavar="X", help="3.5 for Stable Diffusion, 2.5 for FLUX")
     more.add_argument("--tile-vae", action="store_true", help="encode and decode in tiles, which takes less memory")

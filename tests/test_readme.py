@@ -27,12 +27,13 @@ def commands(text:str)->list[str]:
 FOUND = commands(README.read_text())
 
 
-def photographs(folder:Path)->None:
-    "Copies, three of which a split by content holds out"
+def photographs(folder:Path, others:Path)->None:
+    "Copies, three of which a split by content holds out, and two that are in no other folder"
     from srnb.data import embedded_photos, share_of
-    folder.mkdir(parents=True)
     by_share = sorted(embedded_photos(), key=share_of)
-    for p in by_share[:3]+by_share[-2:]: shutil.copy(p.path, folder)
+    for to, photos in ((folder, by_share[:3]+by_share[-2:]), (others, by_share[3:5])):
+        to.mkdir(parents=True)
+        for p in photos: shutil.copy(p.path, to)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,12 @@ def places(tmp_path_factory)->dict[str, str]:
 
     from srnb.backbones import load_backbone, write_tiny, write_tiny_control
     top = tmp_path_factory.mktemp("readme")
-    photographs(top/"photographs")
+    photographs(top/"photographs", top/"others")
     torch.manual_seed(0)
     torch.save(Compact(num_feat=8, num_conv=2, upscale=4).state_dict(), top/"checkpoint.pth")
     write_tiny_control(load_backbone(write_tiny("sd", top/"sd2")), top/"controlnet")
-    return {"path/to/folder": str(top/"photographs"), "path/to/checkpoint.pth": str(top/"checkpoint.pth"),
+    return {"path/to/folder": str(top/"photographs"), "path/to/others": str(top/"others"),
+            "path/to/checkpoint.pth": str(top/"checkpoint.pth"),
             "controlnet": str(top/"controlnet"), "sd2": str(top/"sd2")}
 
 
@@ -98,7 +100,7 @@ def test_papermill(command, root, tmp_path, places, clean_env):
         shutil.copytree(places["controlnet"], tmp_path/"sd2-base"/"control") # what the command before it trains
     if "compare_upscalers" in command: # which in a test leaves the checkpoint out
         small, env = f" -p size 64 -p take 1 -p out {tmp_path}/compare", clean_env
-    for name in ("path/to/folder", "path/to/checkpoint.pth"):
+    for name in ("path/to/folder", "path/to/others", "path/to/checkpoint.pth"):
         command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
     assert list(tmp_path.glob("*.ipynb"))
