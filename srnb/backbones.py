@@ -96,11 +96,16 @@ class FluxPath(Flow):
 class LatentCodec:
     "Between images and the latents of a VAE"
     vae:nn.Module = field(repr=False, compare=False)
-    digest:str = ""   # of its weights
+    digest:str = ""   # of its weights, when it was read or, in a run, when the run began
     factor:int = 4    # upscaling
     kept:str|Path|None = field(default=None, repr=False, compare=False) # folder for latents of whole pictures
     visits:torch.device|None = field(default=None, repr=False, compare=False) # where it works and does not stay
+    weights:"Weights|None" = field(default=None, repr=False, compare=False) # what the VAE was read from
     scale = .5        # units of [0, 1] in one unit of the VAE's images, which lie in [-1, 1]
+
+    def now(self)->str:
+        "Digest of the VAE's weights as they are now"
+        return digest_of(self.vae, weights=self.weights)
 
     @property
     def down(self)->int: return 2**(len(self.vae.config.block_out_channels)-1) # pixels of a latent
@@ -167,17 +172,18 @@ def weight_files(
     variant:str|None=None, # in the files' names, as `fp16`
 )->list[Path]:             # empty if they cannot be told
     "The safetensors files that hold a part's weights"
-    from huggingface_hub import try_to_load_from_cache
-    place = _place(source)
-    name, path = place["pretrained_model_name_or_path"], Path(source)/part
+    path = Path(source)/part
     if path.suffix == ".safetensors": return [path]
-    if not path.exists():
-        file, revision = f"{part}/config.json".lstrip("/"), place.get("revision")
-        here = try_to_load_from_cache(name, file, revision=revision) if is_backbone(source) else None
-        if not isinstance(here, str): return []
-        path = Path(here).parent
+    if not path.exists() and (path := _cached(source, f"{part}/config.json".lstrip("/"))) is None: return []
     def meant(file): return f".{variant}" in file.name if variant else file.name.count(".") == 1
     return sorted(f for f in path.glob("*.safetensors") if meant(f))
+
+def _cached(source:str|Path, file:str)->Path|None: # folder of this file of a name on the Hub, if it lies here
+    from huggingface_hub import try_to_load_from_cache
+    place = _place(source)
+    name, revision = place["pretrained_model_name_or_path"], place.get("revision")
+    here = try_to_load_from_cache(name, file, revision=revision) if is_backbone(source) else None
+    return Path(here).parent if isinstance(here, str) else None
 
 def _stamp(path:Path)->list[int]:
     "Size in bytes and time of the last change in nanoseconds: they differ once a file has been changed"
@@ -443,9 +449,22 @@ def _two_bytes(o:Tensor)->Tensor: # half precision; numbers that it cannot hold 
     if o.dtype == torch.bfloat16 or o.abs().max() > torch.finfo(torch.float16).max: return o
     return o.half()
 
-def _encoder_files(source:str)->list: # of a local folder, with size and time of change; a name on the Hub has none
-    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/*") if f.is_file())
-    return [[str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _encoder_files(source:str|Path)->list: # with size and time of change; of a name on the Hub, its snapshot
+    if not Path(source).exists(): return [folder.name] if (folder := _cached(source, "model_index.json")) else []
+    files = sorted(f for part in ("text_encoder", "tokenizer") for f in Path(source).glob(f"{part}*/[!.]*"))
+    return [[str(f.relative_to(source)), *_stamp(f)] for f in files if f.is_file()]
+
+def _encoders(source:str|Path, variant:str|None=None)->str: # digest of the text encoders' and tokenizers' files
+    folder, h = Path(source) if Path(source).exists() else _cached(source, "model_index.json"), hashlib.blake2b()
+    for part in sorted(o for k in ("text_encoder", "tokenizer") for o in (folder.glob(f"{k}*") if folder else ())):
+        for f in weight_files(folder, part.name, variant): h.update(f"{part.name}/{f.name} {file_digest(f)}".encode())
+        for f in sorted(part.glob("[!.]*")): # what is small
+            if f.suffix in (".json", ".txt", ".model"): h.update(f"{part.name}/{f.name} ".encode() + f.read_bytes())
+    return h.hexdigest()[:16]
+
+def _config(net:nn.Module)->str: # what begins with _ tells where and by which version it was written
+    said = {k: v for k, v in net.config.items() if k[0] != "_" and k != "quantization_config"}
+    return json.dumps(said, sort_keys=True, default=str)
 
 def _sd_text(pipe, prompts, device, max_tokens): # one row a prompt
     return [dict(text=pipe.encode_prompt(p, device, 1, False)[0][0]) for p in prompts]
@@ -477,13 +496,28 @@ class Backbone(Policy):
         sampler = sample_ddpm if isinstance(path, VP) else sample_ddim # as DP2O-SR; on a flow ddim is Euler's method
         super().__init__(net, path, trained_on, codec, dtype, sampler)
         self.texts, self.guidance, self.negative = texts, guidance, negative
-        # what samples depend on beside the weights
-        self.settings = guidance, negative if guidance != 1 else "", getattr(net, "guidance", None), net.control_scale
+        self.encoders, self.told = "", () # digest of the text encoders; options that count
+
+    def plain(self)->nn.Module:
+        "The network without wrappers"
+        return next(m for m in self.net.modules() if hasattr(type(m), "base_name"))
+
+    @property
+    def settings(self)->tuple: # what samples depend on beside the weights, as it is now
+        net, negative = self.plain(), self.negative if self.guidance != 1 else ""
+        own = self.guidance, negative, getattr(net, "guidance", None), net.control_scale, self.codec.vae.use_tiling
+        return *own, self.parts, *self.told
+
+    @property
+    def parts(self)->str: # what tells the text encoders, the VAE, and how both networks are built
+        net = self.plain()
+        configs = _config(getattr(net, net.base_name)), _config(self.codec.vae)
+        return " ".join((self.encoders, self.codec.now(), *configs))
 
     def keep(self, folder:Path)->None:
         "From now on encoded prompts and latents of whole pictures lie here, for other runs and for the next call"
         if self.texts.folder: self.texts.save()
-        self.codec = replace(self.codec, kept=folder/"latents")
+        self.codec = replace(self.codec, kept=folder/"latents", digest=self.codec.now())
 
     def path_of(self, lq:Tensor): # the size alone matters
         return self.path.given(torch.empty(len(lq), *self.codec.shape(lq), device="meta"))
@@ -532,6 +566,13 @@ class BackboneOptions:
             raise ValueError(f"levels must be one of {', '.join(_LEVELS)}, got {self.levels!r}")
         if self.quantize not in ("no", "8bit", "4bit"):
             raise ValueError(f"quantize must be no, 8bit or 4bit, got {self.quantize!r}")
+        if self.max_tokens < 1: raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be 0 or more, and finite, got {self.guidance}")
+        if not math.isfinite(self.control_scale):
+            raise ValueError(f"control_scale must be finite, got {self.control_scale}")
+        if self.guidance == 1 and self.negative != NEGATIVE:
+            raise ValueError("negative is read by guidance alone, and guidance 1 is none: leave one of them out")
 
 def hush()->None:
     "For commands: leave out what libraries remark on kernels and names that nothing here uses"
@@ -579,7 +620,7 @@ def _place(source:str|Path)->dict: # as `from_pretrained` takes it
 
 def _part(cls, source:str, name:str, dtype:torch.dtype, variant:str|None=None, **more)->nn.Module:
     how = dict(subfolder=name, dtype=dtype, use_safetensors=True, variant=variant, **more)
-    with _reading(source, f"{name}, variant {variant!r}," if variant else name):
+    with _reading(source, f"{name} with options.variant = {variant!r}" if variant else name):
         net = cls.from_pretrained(**_place(source), **how)
     return net.requires_grad_(False).eval()
 
@@ -682,7 +723,12 @@ def load_control(
             raise BackboneError(f"{path} is pickled, and unpickling can run anything: "
                                 "convert it to safetensors where you trust it")
         file = path if path.suffix == ".safetensors" else path/"diffusion_pytorch_model.safetensors"
-        with _reading(str(path), "the control branch"):
+        here = path.exists() or Path(str(path).rpartition("@")[0] or path).exists()
+        if not here and (path.suffix == ".safetensors" or not is_backbone(source)):
+            raise BackboneError(f"options.control: there is no folder or file {path}: name one that holds a control "
+                                "branch, or owner/name on the Hub")
+        what = "the control branch" + ("" if here else " of options.control (there is no such folder here)")
+        with _reading(str(path), what):
             if file.exists(): state = load_file(file)
             else: state = type(net).from_pretrained(**_place(source), use_safetensors=True).state_dict()
         for prefix in ("module.", "controlnet."): # of a training script's wrapper
@@ -734,11 +780,19 @@ def load_backbone(
                             "one of them trains on wrong targets")
     if options.levels != "uniform" and not isinstance(trained_on, FluxPath):
         raise BackboneError(f"{source} is no FLUX: it draws its training levels evenly; leave options.levels out")
+    if kind.guidance is None and options.negative != NEGATIVE:
+        raise BackboneError(f"{source} has its guidance distilled and reads no negative prompt: leave options.negative "
+                            "out")
+    if kind.text is not _flux_text and options.max_tokens != BackboneOptions.max_tokens:
+        raise BackboneError(f"{source} has no T5, and its text encoders read 77 tokens: leave options.max_tokens out")
+    if options.texts and Path(options.texts).exists() and not Path(options.texts).is_dir():
+        raise BackboneError(f"options.texts: {options.texts} is a file: name a folder for encoded prompts")
     if isinstance(path, Shift): raise ValueError("residual shifting is a path of pixels; a backbone works on latents")
     others = ("vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder", kind.denoiser)
     absent = {o: None for o in others if o in index} # beside tokenizers and text encoders
     def encode(prompts):
-        with _reading(source, "a text encoder"):
+        named = f"a text encoder with options.variant = {options.variant!r}" if options.variant else "a text encoder"
+        with _reading(source, named):
             how = dict(dtype=dtype, use_safetensors=True, variant=options.variant, **absent)
             pipe = DiffusionPipeline.from_pretrained(**_place(source), **how).to(device)
         with torch.no_grad(): return kind.text(pipe, prompts, device, options.max_tokens)
@@ -749,6 +803,7 @@ def load_backbone(
     texts.add(["", *([options.negative] if kind.guidance is not None else []), *prompts])
     if options.texts: texts.save()
     texts.encoder = None # a prompt that comes late shall be an error and not a second load
+    encoders = _encoders(source, options.variant)
     net = kind.net(source, dtype, options.control, options, trained_on)
     _tuned(net, options)
     vae = _part(AutoencoderKL, source, "vae", torch.float32, options.variant)
@@ -760,17 +815,18 @@ def load_backbone(
     own = replace(trained_on, levels=options.levels) if isinstance(trained_on, FluxPath) else trained_on
     files = weights_of(vae, {"": weight_files(source, "vae", options.variant)})
     visits = torch.device(device) if options.offload_vae else None
-    codec = LatentCodec(vae, digest_of(vae, weights=files), visits=visits)
+    codec = LatentCodec(vae, digest_of(vae, weights=files), visits=visits, weights=files)
     policy = Backbone(net.to(device), path or own, trained_on, codec, texts, dtype,
                       1. if kind.guidance is None else guidance, options.negative)
     branch = weight_files(options.control) if options.control else [] # none: made from the base
     base = weight_files(source, kind.denoiser, options.variant)
     policy.weights = weights_of(net, {f"{kind.denoiser}.": base, "controlnet.": branch})
-    policy.settings += (options.max_tokens, options.tile_vae)
+    policy.encoders, policy.told = encoders, (options.max_tokens,)
     how = options.compile, options.attention, options.quantize
-    if how != (False, None, "no"): policy.settings += how
+    if how != (False, None, "no"): policy.told += how
     packed = "" if options.quantize == "no" else options.quantize
     policy.name, policy.stored = source, packed or ("float16" if dtype == torch.float16 else "")
+    policy.control = options.control
     if options.control: # its folder may list the photographs that it has seen
         control = Path(options.control)
         policy.source = control.parent if control.suffix == ".safetensors" else control
@@ -905,10 +961,10 @@ def save_control(
     folder:str|Path,
     names:Sequence[str]=("policy",), # adapters on the control branch, which are added
 )->Path:
-    "Write the control branch, with what was trained on it, as a ControlNet of diffusers"
+    "Write the control branch, with what was trained on it, as a ControlNet of diffusers, in float32"
     net = getattr(policy.net, "module", policy.net).controlnet
     whole = [n for n in names if hasattr(net, "original_module") and n in net.modules_to_save]
-    net = copy.deepcopy(net.modules_to_save[whole[0]] if whole else getattr(net, "original_module", net))
+    net = copy.deepcopy(net.modules_to_save[whole[0]] if whole else getattr(net, "original_module", net)).float()
     for path, layer in list(net.named_modules()):
         if not hasattr(layer, "lora_A"): continue
         layer.merge(adapter_names=[n for n in names if n in layer.lora_A])

@@ -78,6 +78,8 @@ EMPTY = seed_of("prompt", "") # of an empty prompt
 
 class Policy:
     "A conditional generator: network, path, codec, and adapters on the same weights"
+    settings = () # what else samples depend on; a backbone has guidance and a negative prompt
+    parts = ""    # what tells a backbone's other parts: text encoders, VAE, configs
     def __init__(self,
         net:nn.Module,                       # net(x, sigma, cond) -> prediction on `trained_on`
         path=Flow(),                         # noqa: B008  path on which this policy is asked and sampled
@@ -90,9 +92,9 @@ class Policy:
         self.dtype, self.sampler = dtype, sampler
         self.source = None # folder that it was read from, which may list what it has seen
         self.name = None   # by which it was read; an adapter's file holds it
-        self.settings = () # what else samples depend on; a backbone has guidance and a negative prompt
         self.weights = None # the files that a backbone was read from; None: its weights are all that tells it
         self.batch = 0    # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
+        self.control = None # what a backbone's control branch was read from
         self.stored = ""   # how frozen weights are held, if it changes them more than bfloat16 does: float16, 4bit
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
@@ -262,8 +264,12 @@ def check_reads(
     rounding = max(torch.finfo(policy.dtype).eps/2, 1e-6)
     if (found := influence(policy)) > rounding: return
     name = policy.name or "this policy"
-    raise ValueError(f"{name} predicts the same for two low-quality images ({found:.1e} apart, rounding is up to "
-                     f"{rounding:.0e}): it does not read its input. A backbone needs a trained control branch in "
+    said = (f"{name} predicts the same for two low-quality images ({found:.1e} apart, rounding is up to "
+            f"{rounding:.0e}): it does not read its input. ")
+    if policy.control:
+        raise ValueError(f"{said}The control branch {policy.control} was read, but the prediction does not depend on "
+                         "the input: train it longer, or with a shorter warm-up")
+    raise ValueError(f"{said}A backbone needs a trained control branch in "
                      "options.control (--control of srnb upscale), which `srnb train base --init BACKBONE` trains; "
                      "another network has to read its third argument")
 
@@ -465,7 +471,8 @@ def base_print(
     policy:Policy, # with or without adapters, which do not count
 )->str:            # 16 hexadecimal digits
     "What tells a base from others of its form: path, codec, and at most sixteen weights of every tensor, in bfloat16"
-    h = hashlib.blake2b(repr((policy.trained_on, policy.codec)).encode(), digest_size=8)
+    said = repr((policy.trained_on, policy.codec)) + policy.parts
+    h = hashlib.blake2b(said.encode(), digest_size=8)
     weights = {bare_name(n): p.detach() for n, p in policy.net.state_dict().items() if bare_name(n)}
     for n, p in sorted(weights.items()):
         some = p.flatten()[::max(1, -(-p.numel()//16))].float().bfloat16().float().cpu()
@@ -539,9 +546,12 @@ def _check_base(policy:Policy, folder:Path, name:str|None)->None: # and load wha
     said = json.loads((folder/"base.json").read_text())
     if (found := base_print(policy)) != said["fingerprint"]:
         how, here = (f" in {o}" if o else "" for o in (said.get("stored", ""), policy.stored))
+        alike = policy.name and (name, how) == (policy.name, here)
+        what = (" (another control branch in options.control, or other weights or text encoders, under the same name)"
+                if alike else "")
         raise ValueError(f"{folder} does not fit this network: it was trained on {name or 'another base'}{how} "
                          f"({said['fingerprint']}), and this is {policy.name or 'a network without a name'}{here} "
-                         f"({found}); load it onto its own base{', read as it was' if how != here else ''}")
+                         f"({found}){what}; load it onto its own base{', read as it was' if how != here else ''}")
     for n in said["below"]:
         if n not in policy.adapters: load_adapter(policy, folder/"below"/n, n)
         elif not _same_adapter(policy, n, folder/"below"/n):

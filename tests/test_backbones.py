@@ -33,7 +33,7 @@ from srnb.pairs import (Hinge, Logistic, OnlineDraw, Pairs, draw_alone, draw_los
                         split_backward)
 from srnb.paths import Shift
 from srnb.plan import DoesNotFit
-from srnb.policies import load_adapter, save_adapter, text_ids
+from srnb.policies import base_print, load_adapter, save_adapter, text_ids
 from srnb.runs import Base, Data, Judging, dtype_of
 from srnb.spectral import SobolevEnergy
 from srnb.training import Loop, fit, put
@@ -289,7 +289,7 @@ def test_variant(folders, tmp_path):
     a, b = load_backbone(tmp_path/"sd", BackboneOptions(variant="fp16")), load_backbone(folders["sd"])
     for n, p in a.net.unet.state_dict().items(): assert torch.equal(p, b.net.unet.state_dict()[n])
     with pytest.raises(BackboneError, match="missing or damaged"): load_backbone(tmp_path/"sd")
-    with pytest.raises(BackboneError, match="text encoder|variant 'fp32'"):
+    with pytest.raises(BackboneError, match="options.variant = 'fp32'"):
         load_backbone(tmp_path/"sd", BackboneOptions(variant="fp32"))
 
 
@@ -435,7 +435,7 @@ def test_fingerprint_by_files(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "_raw", lambda p: hashed.append(tuple(p.shape)) or raw(p))
     monkeypatch.setattr(hashlib, "file_digest", lambda f, how: read.append(f.name) or file_digest(f, how))
     first = fingerprint(load())
-    assert not hashed and [Path(o).parent.name for o in read] == ["vae", "unet", "sd-control"]
+    assert not hashed and [Path(o).parent.name for o in read] == ["text_encoder", "vae", "unet", "sd-control"]
     read.clear()
     policy = load()
     assert fingerprint(policy) == first and not hashed and not read
@@ -522,3 +522,102 @@ def test_weight_files(tmp_path, monkeypatch):
     assert found("owner/name@other", "unet") == []
     assert found(unet.parent, "unet", "fp16") == found("owner/name", "unet", "fp16") == names[3:]
     assert found(unet/names[1]) == names[1:2] and found("owner/other", "unet") == found(tmp_path/"none") == []
+
+
+def test_a_small_change_of_a_bfloat16_branch_is_written_whole(folders, tmp_path):
+    "LoRA is merged in float32: bfloat16 would round a change of one in ten thousand away"
+    options = BackboneOptions(control=str(folders["sd-control"]), train="control")
+    policy = load_backbone(folders["sd"], options, dtype=torch.bfloat16)
+    for p in policy.add_lora(2): p.data.add_(2e-4*torch.randn(p.shape, generator=generator(1)))
+    layers = [(n, m) for n, m in policy.net.named_modules() if hasattr(m, "lora_A")]
+    written = load_file(backbones.save_control(policy, tmp_path/"control")/"diffusion_pytorch_model.safetensors")
+    assert layers and all(o.dtype == torch.float32 for o in written.values())
+    for name, layer in layers:
+        change = layer.get_delta_weight("policy").detach().float()
+        found = written[name.partition("controlnet.")[2] + ".weight"] - layer.get_base_layer().weight.float()
+        assert (found-change).norm() < 1e-2*change.norm()
+
+
+def test_an_adapter_says_what_differs_under_the_same_name(folders, tmp_path):
+    policy = backbone(folders, "sd")
+    policy.add_lora(2)
+    save_adapter(policy, tmp_path/"adapter")
+    with pytest.raises(ValueError, match="control branch in options.control.*same name"):
+        load_adapter(load_backbone(folders["sd"]), tmp_path/"adapter")
+
+
+def changed_encoder(source):
+    file = next((source/"text_encoder").glob("*.safetensors"))
+    state = load_file(file)
+    save_file(state | {n: 1.1*p for n, p in state.items() if "embed" in n}, file, dict(format="pt"))
+
+
+def changed_config(source, part, **change):
+    file = source/part/"config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.mark.parametrize("change", [
+    changed_encoder, lambda o: (o/"tokenizer"/"more.json").write_text("{}"),
+    lambda o: changed_config(o, "unet", norm_eps=1e-3), lambda o: changed_config(o, "vae", scaling_factor=.2),
+], ids=["encoder", "tokenizer", "unet", "vae"])
+def test_every_part_of_a_base_is_in_its_fingerprints(folders, tmp_path, change):
+    "Text encoders, tokenizers and the parts' configs decide samples, too"
+    source = shutil.copytree(folders["sd"], tmp_path/"sd", ignore=shutil.ignore_patterns(".*"))
+    def prints(o): return [f(load_backbone(o)) for f in (fingerprint, base_print)]
+    before = prints(source)
+    assert before == prints(folders["sd"])
+    change(source)
+    assert all(a != b for a, b in zip(before, prints(source), strict=True))
+
+
+def test_encoders_of_a_name_on_the_hub(folders, tmp_path, monkeypatch):
+    "A name on the Hub has the digest of a folder with the same files"
+    top = tmp_path/"models--owner--name"
+    snapshot = shutil.copytree(folders["sd"], top/"snapshots"/"1", ignore=shutil.ignore_patterns(".*"))
+    (top/"refs").mkdir()
+    (top/"refs"/"main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    first = backbones._encoders("owner/name")
+    assert first == backbones._encoders("owner/name@main") == backbones._encoders(str(folders["sd"]))
+    changed_encoder(snapshot)
+    assert backbones._encoders("owner/name") != first
+
+
+def test_settings_and_vae_changed_in_memory_are_seen(folders):
+    policy = backbone(folders, "sd")
+    first = fingerprint(policy)
+    def told(owner, name, value):
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        found = fingerprint(policy)
+        setattr(owner, name, before)
+        return found
+    weight = policy.codec.vae.decoder.conv_in.weight
+    held = weight.clone()
+    weight.data.mul_(1.01)
+    vae = fingerprint(policy)
+    weight.data.copy_(held)
+    policy.add_lora(2)
+    adapted = fingerprint(policy)
+    inside = policy.net.base_model.model
+    assert told(inside, "control_scale", .5) != adapted and told(policy, "guidance", 1.) != adapted
+    assert vae != first and fingerprint(policy) == adapted
+
+
+def test_options_without_sense_or_effect_are_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for wrong, named in ((dict(max_tokens=0), "max_tokens.*at least 1"), (dict(guidance=-1.), "guidance.*0 or more"),
+                         (dict(guidance=math.nan), "guidance.*0 or more"),
+                         (dict(control_scale=math.nan), "control_scale.*finite"),
+                         (dict(negative="a house", guidance=1.), "negative.*guidance 1")):
+        with pytest.raises(ValueError, match=named): BackboneOptions(**wrong)
+    file, none = tmp_path/"file", str(tmp_path/"none")
+    file.touch()
+    for kind, wrong, named in (("flux", dict(negative="a house"), "leave options.negative out"),
+                               ("sd", dict(max_tokens=64), "leave options.max_tokens out"),
+                               ("sd", dict(control=none), f"options.control: there is no folder or file {none}"),
+                               ("sd", dict(control="no/folder"), r"no/folder.*of options.control \(there is no such"),
+                               ("sd", dict(texts=str(file)), "options.texts.*is a file"),
+                               ("sd", dict(variant="fp16"), "options.variant = 'fp16'")):
+        with pytest.raises(BackboneError, match=named): load_backbone(folders[kind], BackboneOptions(**wrong))

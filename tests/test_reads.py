@@ -47,6 +47,9 @@ def test_a_backbone_without_a_trained_branch_reads_nothing(bare, tmp_path, kind)
     policy = load_backbone(bare[kind])
     assert influence(policy) == 0
     with pytest.raises(ValueError, match=f"{kind}.*options.control.*srnb train base"): check_reads(policy)
+    policy.net.controlnet.save_pretrained(tmp_path/"untrained")
+    deaf = load_backbone(bare[kind], BackboneOptions(control=str(tmp_path/"untrained")))
+    with pytest.raises(ValueError, match="untrained was read, but .* train it longer"): check_reads(deaf)
     write_tiny_control(policy, tmp_path/"control")
     read = load_backbone(bare[kind], BackboneOptions(control=str(tmp_path/"control")))
     assert influence(read) > 5e-6 # tiny random U-Nets hardly look at their skips
