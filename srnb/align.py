@@ -34,7 +34,7 @@ from .policies import Policy, check_reads, drop_adapters, load_adapter, save_ada
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
 from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
-                       policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
+                       photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -42,14 +42,19 @@ from .training import Loop, check_shared, fit, log_pictures, processes, put, ref
 class Work:
     "A run at work: what its choices may ask for"
     def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None):
-        def groups(crops): # with the photograph in place of samples; held as bytes
-            told, held = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}, []
+        own = {i: i.rpartition("-")[0] for i, _, _ in crops} # crop -> photograph
+        told = prompts_of(run.data.prompts, [*dict.fromkeys(own.values()), *(i for i, _, _ in probes)]) or {}
+        inputs = hashlib.blake2b(digest_size=8)
+        def groups(crops, own): # with the photograph in place of samples; held as bytes
+            held = []
             for i, lq, gt in crops:
-                lq, gt = to_bytes(lq), to_bytes(gt)
-                held.append(Group(i, lq, gt, gt[None], told.get(i, "")))
+                lq, gt, prompt = to_bytes(lq), to_bytes(gt), told.get(own.get(i, i), "")
+                held.append(Group(i, lq, gt, gt[None], prompt))
+                for o in (i.encode(), lq.cpu().numpy(), gt.cpu().numpy(), prompt.encode()): inputs.update(o)
             return WhenAsked(held, Group.images)
         self.run, self.policy, self.device, self.given = run, policy, policy.device, given # pairs of the reader's own
-        self.crops, self.probes = groups(crops), groups(probes) # to train on, and held out
+        self.crops, self.learnt = groups(crops, own), inputs.hexdigest() # to train on; hash of them and their prompts
+        self.probes, self.looked_at = groups(probes, {}), inputs.hexdigest() # held out; hash of both
         self.ids = [o.id for o in self.crops.held]
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
@@ -146,8 +151,8 @@ class Work:
     )->Path:
         "Train an adapter by supervision; its folder"
         run = self.run
-        said = dict(self.note, base=self.base, ids=self.ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
-                    precision=run.base.precision, loop=record(loop), **note)
+        said = dict(self.note, base=self.base, ids=self.ids, inputs=self.learnt, batch=run.batch, patch=run.patch,
+                    rank=rank, seed=seed, precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
@@ -461,6 +466,8 @@ def claim(run:Run, state)->Work|None: # None: it is done
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
+    if run.data.prompts: # of both sets, before a backbone is read
+        prompts_of(run.data.prompts, [p.id for photos in photo_sets(run.data, 1, None) for p in photos])
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
@@ -470,9 +477,9 @@ def claim(run:Run, state)->Work|None: # None: it is done
         if run.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {run.patch}")
         given, digest = given_pairs(run, policy)
-        said = record_of(run, base=fingerprint(policy), **digest)
-        if is_done(out, said): return None
         work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone, policy), given)
+        said = record_of(run, base=work.base, inputs=work.looked_at, **digest)
+        if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
             BASELINES[n](work.crops[0].lq[None, :, :16, :16])

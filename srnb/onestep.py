@@ -7,7 +7,6 @@ __all__ = ['sft_loss', 'onestep_batch', 'Match', 'onestep_loss', 'Patches', 'tra
            'evaluate_base', 'train_branch', 'CTMSRRun', 'teacher_of', 'train_ctmsr']
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-004
-import hashlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -38,7 +37,7 @@ from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_
                           drop_scorers, st_lpips_loss)
 from .runs import (Base, Data, Judging, add_trained, check_readable, check_unseen, claimed, dtype_of, evaluate,
                        is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
-                       whole_again)
+                       trained_on, whole_again)
 from .spectral import l2_energy
 from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -231,11 +230,11 @@ def train_base(
 )->Path:        # the run's folder; the policy is in its folder `policy`, a backbone's control branch in `control`
     "Train a base; resumes, and says so if it is already done"
     if run.backbone: return train_branch(run)
-    out, said = Path(run.out), record_of(run)
+    out, photos = Path(run.out), photos_in(run.photos, "train")
+    said = record_of(run, trained_on=trained_on(photos))
     processes(run.loop)
     refuse_fsdp()
     if is_done(out, said, "policy/policy.json"): return out
-    photos = photos_in(run.photos, "train")
     pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
     def new():
         lq, gt = pool.batch(512, run.patch, generator(seed_of(run.seed, "scale")))
@@ -290,7 +289,7 @@ def train_branch(
     prompts = prompts_of(run.prompts, pool.ids)
     base = Base(run.init, precision=run.precision, options=run.options)
     with state.main_process_first(): policy = run.fits(policy_of(base, run.prompts, state.device))
-    said = record_of(run, base=fingerprint(policy))
+    said = record_of(run, base=fingerprint(policy), trained_on=trained_on(photos, prompts=prompts))
     if is_done(out, said, "control/config.json"): return out # which is written last
     def trainable(policy):
         add_trained(policy, run.options, run.rank, run.seed)
@@ -375,8 +374,7 @@ def train_ctmsr(
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
     train, test = photo_sets(run, policy.stride, run.init, policy)
     seen = {p.sha256 for p in train} | seen_by(run.init, policy)
-    partners = [hashlib.sha256(p.lq.read_bytes()).hexdigest() for p in train if p.lq] # of ready pairs
-    stands_for = dict(start=fingerprint(policy), trained_on=f"{seed_of(*sorted(seen), *partners):016x}")
+    stands_for = dict(start=fingerprint(policy), trained_on=trained_on(train, seen))
     said = record_of(run, **stands_for)
     if is_done(out, said): return out
     probes = [(p.id, *make_pair(p, run.size, run.degradation)) for p in test]
