@@ -33,7 +33,7 @@ from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
-from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
+from .runs import (FREE, Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
                        photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
@@ -353,13 +353,14 @@ ASASR = Method(SobolevEnergy(1.5), Photograph(), Adversary(), Logistic(10_000.),
 DRO = Method(winners=Photograph(), losers=Own(), link=Hinge(.001))
 
 # %% ../nbs/42_align.ipynb #42-align-014
+# a base asks the device for its precision, which an import must not: each run makes its own
 @dataclass(frozen=True)
 class Run(Checked):
     "One alignment run"
     out:str                        # the run's folder
     method:Method = SFT
     data:Data = Data()
-    base:Base = field(default_factory=Base) # asks the device for its precision, which an import must not
+    base:Base = field(default_factory=Base) # what it starts from, and how it is sampled
     judging:Judging = Judging()
     loop:Loop = Loop(steps=60, lr=1e-4, save_every=20, log_every=5)
     rank:int = 16                  # of the adapter
@@ -386,6 +387,9 @@ class Run(Checked):
         if self.base.options.train == "whole" and (method.start or isinstance(method.losers, (Adversary, Own))):
             raise ValueError("a reference, an adversary or a snapshot besides the policy needs LoRA: "
                              "BackboneOptions.train must be base or control")
+        if self.base.options.train == "whole" and self.rank != type(self).rank:
+            raise ValueError(f"Run.rank = {self.rank} is of LoRA, and options.train = 'whole' trains the control "
+                             "branch itself: leave rank out, or take control")
 
     @property
     def samples(self)->bool: # of the training crops are needed
@@ -485,7 +489,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
             BASELINES[n](work.crops[0].lq[None, :, :16, :16])
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
-        open_run(out, said) # the inputs are good: the folder is claimed
+        open_run(out, said, FREE) # the inputs are good: the folder is claimed
         work.keep()
     return work
 

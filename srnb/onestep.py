@@ -138,7 +138,7 @@ class Patches(Checked):
     degradation:Degradation|Callable = RESSHIFT_TEST # settings, or a function (gt, generator, scale) -> lq
     versions:int = 4             # degraded copies of every photograph; 0: every patch is degraded anew
     max_side:int = 640           # pixels; larger photographs are reduced first
-    init:str|None = None         # a policy's name or folder to start from, or `file.py:NAME`; None: `net`, from zero
+    init:str|None = None         # a policy, a backbone's folder or owner/name, or `file.py:NAME`; None: `net`, anew
     patch:int = 64               # pixels of a training patch
     batch:int = 16               # patches of a micro-batch
     seed:int = 0                 # weights, order, noise
@@ -216,6 +216,12 @@ class BaseRun(Patches):
         if not self.backbone and (set_ := [n for n in of_backbone if getattr(self, n) != getattr(type(self), n)]):
             raise ValueError(f"BaseRun.{set_[0]} is for a backbone of room 12, which init must name; leave it out for "
                              f"{self.init or 'a new network'}")
+        if self.options.train == "whole" and self.rank != type(self).rank:
+            raise ValueError(f"BaseRun.rank = {self.rank} is of LoRA, and options.train = 'whole' trains the control "
+                             "branch itself: leave rank out, or take control")
+        if self.prompts is None and self.prompt_dropout != type(self).prompt_dropout:
+            raise ValueError(f"BaseRun.prompt_dropout = {self.prompt_dropout} leaves out prompts, and there are none: "
+                             "name a file of prompts, or leave it out")
         if self.backbone and self.options.train == "base":
             raise ValueError("BaseRun.options.train must be whole (the control branch) or control (LoRA on it): the "
                              "base itself does not see the input, whatever it is trained on")
@@ -282,7 +288,7 @@ def _shown(run:BaseRun, policy:Policy)->Callable: # (step, trackers), for `fit`
 def train_branch(
     run:BaseRun, # whose init is a backbone
 )->Path:         # the run's folder; the branch is in its folder `control`, which `options.control` takes
-    "Train a control branch to read the input; resumes, and says so if it is already done"
+    "Train a control branch to read the input, and say how far it does; resumes, and says so if it is already done"
     out, loop, state = Path(run.out), run.loop, processes(run.loop)
     photos = photos_in(run.photos, "train")
     pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
@@ -304,6 +310,12 @@ def train_branch(
         weights, log = fit(policy, watched, loop, out, show=_shown(run, policy))
         whole = whole_again(policy, weights, lambda: trainable(policy_of(base, run.prompts, state.device)))
         policy.net = whole.net # FSDP had cut it
+        if state.is_main_process:
+            print(f"influence of the input: {influence(policy):.1e}", flush=True)
+            try: check_reads(policy)
+            except ValueError:
+                print("WARNING: this branch does not read its input yet: train longer, or lower loop.warmup",
+                      flush=True)
         return log
     seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
     return train_network(run, said, policy, seen, learn, save=save_control, name="control")
