@@ -865,6 +865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.runs.small_policy': ('runs.html#small_policy', 'srnb/runs.py'),
                            'srnb.runs.spectra': ('runs.html#spectra', 'srnb/runs.py'),
                            'srnb.runs.train_adapter': ('runs.html#train_adapter', 'srnb/runs.py'),
+                           'srnb.runs.trained_on': ('runs.html#trained_on', 'srnb/runs.py'),
                            'srnb.runs.whole_again': ('runs.html#whole_again', 'srnb/runs.py')},
             'srnb.spectral': { 'srnb.spectral.SobolevEnergy': ('spectral.html#sobolevenergy', 'srnb/spectral.py'),
                                'srnb.spectral.SobolevEnergy.__call__': ('spectral.html#sobolevenergy.__call__', 'srnb/spectral.py'),

@@ -33,8 +33,8 @@ from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
-from .runs import (Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
-                       policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
+from .runs import (FREE, Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
+                       photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -42,14 +42,19 @@ from .training import Loop, check_shared, fit, log_pictures, processes, put, ref
 class Work:
     "A run at work: what its choices may ask for"
     def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None):
-        def groups(crops): # with the photograph in place of samples; held as bytes
-            told, held = prompts_of(run.data.prompts, [i for i, _, _ in crops]) or {}, []
+        own = {i: i.rpartition("-")[0] for i, _, _ in crops} # crop -> photograph
+        told = prompts_of(run.data.prompts, [*dict.fromkeys(own.values()), *(i for i, _, _ in probes)]) or {}
+        inputs = hashlib.blake2b(digest_size=8)
+        def groups(crops, own): # with the photograph in place of samples; held as bytes
+            held = []
             for i, lq, gt in crops:
-                lq, gt = to_bytes(lq), to_bytes(gt)
-                held.append(Group(i, lq, gt, gt[None], told.get(i, "")))
+                lq, gt, prompt = to_bytes(lq), to_bytes(gt), told.get(own.get(i, i), "")
+                held.append(Group(i, lq, gt, gt[None], prompt))
+                for o in (i.encode(), lq.cpu().numpy(), gt.cpu().numpy(), prompt.encode()): inputs.update(o)
             return WhenAsked(held, Group.images)
         self.run, self.policy, self.device, self.given = run, policy, policy.device, given # pairs of the reader's own
-        self.crops, self.probes = groups(crops), groups(probes) # to train on, and held out
+        self.crops, self.learnt = groups(crops, own), inputs.hexdigest() # to train on; hash of them and their prompts
+        self.probes, self.looked_at = groups(probes, {}), inputs.hexdigest() # held out; hash of both
         self.ids = [o.id for o in self.crops.held]
         self.home, self.out = Path(run.banks or run.out), Path(run.out)
         self.steps = 1 if isinstance(policy.path, Shift) else run.base.sample_steps # a one-step network takes one
@@ -146,8 +151,8 @@ class Work:
     )->Path:
         "Train an adapter by supervision; its folder"
         run = self.run
-        said = dict(self.note, base=self.base, ids=self.ids, batch=run.batch, patch=run.patch, rank=rank, seed=seed,
-                    precision=run.base.precision, loop=record(loop), **note)
+        said = dict(self.note, base=self.base, ids=self.ids, inputs=self.learnt, batch=run.batch, patch=run.patch,
+                    rank=rank, seed=seed, precision=run.base.precision, loop=record(loop), **note)
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
@@ -348,13 +353,14 @@ ASASR = Method(SobolevEnergy(1.5), Photograph(), Adversary(), Logistic(10_000.),
 DRO = Method(winners=Photograph(), losers=Own(), link=Hinge(.001))
 
 # %% ../nbs/42_align.ipynb #42-align-014
+# a base asks the device for its precision, which an import must not: each run makes its own
 @dataclass(frozen=True)
 class Run(Checked):
     "One alignment run"
     out:str                        # the run's folder
     method:Method = SFT
     data:Data = Data()
-    base:Base = field(default_factory=Base) # asks the device for its precision, which an import must not
+    base:Base = field(default_factory=Base) # what it starts from, and how it is sampled
     judging:Judging = Judging()
     loop:Loop = Loop(steps=60, lr=1e-4, save_every=20, log_every=5)
     rank:int = 16                  # of the adapter
@@ -381,6 +387,9 @@ class Run(Checked):
         if self.base.options.train == "whole" and (method.start or isinstance(method.losers, (Adversary, Own))):
             raise ValueError("a reference, an adversary or a snapshot besides the policy needs LoRA: "
                              "BackboneOptions.train must be base or control")
+        if self.base.options.train == "whole" and self.rank != type(self).rank:
+            raise ValueError(f"Run.rank = {self.rank} is of LoRA, and options.train = 'whole' trains the control "
+                             "branch itself: leave rank out, or take control")
 
     @property
     def samples(self)->bool: # of the training crops are needed
@@ -461,6 +470,8 @@ def claim(run:Run, state)->Work|None: # None: it is done
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
+    if run.data.prompts: # of both sets, before a backbone is read
+        prompts_of(run.data.prompts, [p.id for photos in photo_sets(run.data, 1, None) for p in photos])
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
@@ -470,15 +481,15 @@ def claim(run:Run, state)->Work|None: # None: it is done
         if run.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {run.patch}")
         given, digest = given_pairs(run, policy)
-        said = record_of(run, base=fingerprint(policy), **digest)
-        if is_done(out, said): return None
         work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone, policy), given)
+        said = record_of(run, base=work.base, inputs=work.looked_at, **digest)
+        if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
             BASELINES[n](work.crops[0].lq[None, :, :16, :16])
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
-        open_run(out, said) # the inputs are good: the folder is claimed
+        open_run(out, said, FREE) # the inputs are good: the folder is claimed
         work.keep()
     return work
 

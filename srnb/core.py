@@ -330,15 +330,15 @@ def _leaves(said, path:str="")->dict: # path -> value that is no dict
 def open_run(
     out_dir:str|Path, # the run's folder; made if it is not there
     params:dict,      # everything that decides the result; JSON types only
+    free:tuple[str, ...]=(), # ends of names that may differ, for they decide nothing; the record keeps the first values
 )->Path:
     "Make a run's folder or come back to it; RunOccupied if it was made with other parameters"
     out, params = Path(out_dir), json.loads(json.dumps(params, sort_keys=True, allow_nan=False))
     config = out/"config.json"
     if config.exists():
-        old = json.loads(config.read_text())["params"]
-        if any(old.get(k) != params.get(k) for k in {*old, *params}):
-            a, b = _leaves(old), _leaves(params)
-            diff = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k] != b[k])
+        a, b = _leaves(json.loads(config.read_text())["params"]), _leaves(params)
+        diff = sorted(k for k in {*a, *b} if a.get(k) != b.get(k) and not f".{k}".endswith(free))
+        if diff:
             raise RunOccupied(f"{out} holds a run with other parameters ({', '.join(diff[:6])} differ); "
                               "give another out_dir, or delete that folder")
     else:

@@ -7,7 +7,6 @@ __all__ = ['sft_loss', 'onestep_batch', 'Match', 'onestep_loss', 'Patches', 'tra
            'evaluate_base', 'train_branch', 'CTMSRRun', 'teacher_of', 'train_ctmsr']
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-004
-import hashlib
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -38,7 +37,7 @@ from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_
                           drop_scorers, st_lpips_loss)
 from .runs import (Base, Data, Judging, add_trained, check_readable, check_unseen, claimed, dtype_of, evaluate,
                        is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
-                       whole_again)
+                       trained_on, whole_again)
 from .spectral import l2_energy
 from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -139,7 +138,7 @@ class Patches(Checked):
     degradation:Degradation|Callable = RESSHIFT_TEST # settings, or a function (gt, generator, scale) -> lq
     versions:int = 4             # degraded copies of every photograph; 0: every patch is degraded anew
     max_side:int = 640           # pixels; larger photographs are reduced first
-    init:str|None = None         # a policy's name or folder to start from, or `file.py:NAME`; None: `net`, from zero
+    init:str|None = None         # a policy, a backbone's folder or owner/name, or `file.py:NAME`; None: `net`, anew
     patch:int = 64               # pixels of a training patch
     batch:int = 16               # patches of a micro-batch
     seed:int = 0                 # weights, order, noise
@@ -217,6 +216,12 @@ class BaseRun(Patches):
         if not self.backbone and (set_ := [n for n in of_backbone if getattr(self, n) != getattr(type(self), n)]):
             raise ValueError(f"BaseRun.{set_[0]} is for a backbone of room 12, which init must name; leave it out for "
                              f"{self.init or 'a new network'}")
+        if self.options.train == "whole" and self.rank != type(self).rank:
+            raise ValueError(f"BaseRun.rank = {self.rank} is of LoRA, and options.train = 'whole' trains the control "
+                             "branch itself: leave rank out, or take control")
+        if self.prompts is None and self.prompt_dropout != type(self).prompt_dropout:
+            raise ValueError(f"BaseRun.prompt_dropout = {self.prompt_dropout} leaves out prompts, and there are none: "
+                             "name a file of prompts, or leave it out")
         if self.backbone and self.options.train == "base":
             raise ValueError("BaseRun.options.train must be whole (the control branch) or control (LoRA on it): the "
                              "base itself does not see the input, whatever it is trained on")
@@ -231,11 +236,11 @@ def train_base(
 )->Path:        # the run's folder; the policy is in its folder `policy`, a backbone's control branch in `control`
     "Train a base; resumes, and says so if it is already done"
     if run.backbone: return train_branch(run)
-    out, said = Path(run.out), record_of(run)
+    out, photos = Path(run.out), photos_in(run.photos, "train")
+    said = record_of(run, trained_on=trained_on(photos))
     processes(run.loop)
     refuse_fsdp()
     if is_done(out, said, "policy/policy.json"): return out
-    photos = photos_in(run.photos, "train")
     pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
     def new():
         lq, gt = pool.batch(512, run.patch, generator(seed_of(run.seed, "scale")))
@@ -283,14 +288,14 @@ def _shown(run:BaseRun, policy:Policy)->Callable: # (step, trackers), for `fit`
 def train_branch(
     run:BaseRun, # whose init is a backbone
 )->Path:         # the run's folder; the branch is in its folder `control`, which `options.control` takes
-    "Train a control branch to read the input; resumes, and says so if it is already done"
+    "Train a control branch to read the input, and say how far it does; resumes, and says so if it is already done"
     out, loop, state = Path(run.out), run.loop, processes(run.loop)
     photos = photos_in(run.photos, "train")
     pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
     prompts = prompts_of(run.prompts, pool.ids)
     base = Base(run.init, precision=run.precision, options=run.options)
     with state.main_process_first(): policy = run.fits(policy_of(base, run.prompts, state.device))
-    said = record_of(run, base=fingerprint(policy))
+    said = record_of(run, base=fingerprint(policy), trained_on=trained_on(photos, prompts=prompts))
     if is_done(out, said, "control/config.json"): return out # which is written last
     def trainable(policy):
         add_trained(policy, run.options, run.rank, run.seed)
@@ -305,6 +310,12 @@ def train_branch(
         weights, log = fit(policy, watched, loop, out, show=_shown(run, policy))
         whole = whole_again(policy, weights, lambda: trainable(policy_of(base, run.prompts, state.device)))
         policy.net = whole.net # FSDP had cut it
+        if state.is_main_process:
+            print(f"influence of the input: {influence(policy):.1e}", flush=True)
+            try: check_reads(policy)
+            except ValueError:
+                print("WARNING: this branch does not read its input yet: train longer, or lower loop.warmup",
+                      flush=True)
         return log
     seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
     return train_network(run, said, policy, seen, learn, save=save_control, name="control")
@@ -375,8 +386,7 @@ def train_ctmsr(
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
     train, test = photo_sets(run, policy.stride, run.init, policy)
     seen = {p.sha256 for p in train} | seen_by(run.init, policy)
-    partners = [hashlib.sha256(p.lq.read_bytes()).hexdigest() for p in train if p.lq] # of ready pairs
-    stands_for = dict(start=fingerprint(policy), trained_on=f"{seed_of(*sorted(seen), *partners):016x}")
+    stands_for = dict(start=fingerprint(policy), trained_on=trained_on(train, seen))
     said = record_of(run, **stands_for)
     if is_done(out, said): return out
     probes = [(p.id, *make_pair(p, run.size, run.degradation)) for p in test]

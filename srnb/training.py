@@ -113,9 +113,10 @@ def refuse_fsdp()->None:
 def _fits(step:int)->Iterator[None]:
     try: yield
     except torch.OutOfMemoryError as e:
-        raise DoesNotFit(f"step {step} does not fit into the device's memory: make micro-batches smaller (batch) and "
-                         "loop.parts larger, set options.checkpointing or loop.optimiser='adamw_8bit', or a smaller "
-                         f"patch; srnb.plan says beforehand what fits ({str(e)[:160]})") from e
+        raise DoesNotFit(f"step {step} does not fit into the device's memory: set options.checkpointing, and the run "
+                         "goes on; or, in another folder, make micro-batches smaller (batch) and loop.parts larger, "
+                         "set loop.optimiser='adamw_8bit', or a smaller patch; "
+                         f"srnb.plan says beforehand what fits ({str(e)[:160]})") from e
 
 # %% ../nbs/40_training.ipynb #40-training-015
 def _whole(tensors:dict[str, Tensor])->dict[str, Tensor]: # which FSDP may have cut into pieces; all processes must ask

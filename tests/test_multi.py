@@ -78,7 +78,7 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         options = BackboneOptions(control=str(control), train="whole", checkpointing=True)
         base = Base(str(folder), precision="no", sample_steps=2, options=options)
         return replace(dp2o, base=base, data=replace(dp2o.data, take=1), judging=replace(dp2o.judging, eval_m=1),
-                       loop=replace(LOOP, steps=2, log_every=1), patch=64)
+                       loop=replace(LOOP, steps=2, log_every=1), patch=64, rank=Run.rank)
     def adversarial(losers):
         method = Method(SobolevEnergy(1.5), losers=losers, link=Logistic(1e4), start=Start(LOOP))
         return replace(dp2o, method=method, judging=Judging(None, judges=("psnr_y",), eval_m=2), batch=2)

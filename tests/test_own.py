@@ -173,7 +173,7 @@ def test_own_network_is_trained(config, mine):
     log = pd.read_parquet(train_base(run)/"log.parquet")
     assert "mean" not in log and log.loss.iloc[-5:].mean() < log.loss.iloc[:3].mean()
     params = json.loads(Path("base/config.json").read_text())["params"]
-    assert set(params["stands_for"]) == {"my.py:base", "my.py:averaged"}
+    assert set(params["stands_for"]) == {"trained_on", "my.py:base", "my.py:averaged"}
     policy = small_policy("my.py:trained", "init", torch.float32)
     pool = PatchPool(embedded_photos("train")[:1], RESSHIFT_TEST, 1, 160)
     _, logs = sft_loss(pool, policy, run)(0, 0)
@@ -261,7 +261,7 @@ def test_given_pairs(config, people):
     assert params["config"]["method"]["losers"]["pairs"] == "people.py:chosen"
     assert len(params["stands_for"]["people.py:chosen"]) == len(params["stands_for"]["pairs"]) == 64
     plain = align(fill(config, dict(out="plain", intra=False, inter=False)))
-    assert set(json.loads((plain/"config.json").read_text())["params"]["stands_for"]) == {"base"}
+    assert set(json.loads((plain/"config.json").read_text())["params"]["stands_for"]) == {"base", "inputs"}
     a, b = (pd.read_parquet(o/"log.parquet") for o in (out, plain))
     assert a.loss[0] == pytest.approx(b.loss[0]) == pytest.approx(0.693147, abs=1e-6)
     assert not a.gap_w.equals(b.gap_w) and set(read_run(out)[1].metric) == set(read_run(plain)[1].metric)

@@ -201,9 +201,10 @@ def foretold(p): return sum(p.resident.values())-p.resident["allowance"]+max(p.m
 TWICE = Loop(steps=2, parts=2) # in the second micro-batch the gradients of the first are there
 
 
-def run_on(folder, out, method=DP2O, rank=4, batch=1, loop=TWICE, precision="no", **options):
+def run_on(folder, out, method=DP2O, batch=1, loop=TWICE, precision="no", **options):
     if isinstance(method.winners, Top): method = replace(method, winners=Top(2))
     base = Base(str(folder), precision=precision, options=BackboneOptions(**options))
+    rank = Run.rank if base.options.train == "whole" else 4 # a whole branch has none
     return Run(str(out), method, Data(size=64), base, loop=loop, patch=64, rank=rank, batch=batch)
 
 

@@ -120,7 +120,7 @@ SHOWN = replace(FEW, log_with="tensorboard")
 
 def branch(out, base, **more):
     "A few steps of `srnb train base` on a random pipeline"
-    return BaseRun(str(out), init=str(base), versions=1, max_side=160, batch=2, precision="no", rank=4,
+    return BaseRun(str(out), init=str(base), versions=1, max_side=160, batch=2, precision="no",
                    **dict(dict(loop=FEW), **more))
 
 
