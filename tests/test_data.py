@@ -203,7 +203,7 @@ def test_pool_refuses(album, tmp_path):
     with pytest.raises(ValueError, match="is held out"): PatchPool([*album, held[0]], RESSHIFT_TEST)
     with pytest.raises(ValueError, match="same file as"): PatchPool([replace(held[0], split=None)], RESSHIFT_TEST)
     with pytest.raises(ValueError, match="same file as"): PatchPool(album, RESSHIFT_TEST, held_out=album[3:4])
-    with pytest.raises(ValueError, match="versions"): PatchPool(album, RESSHIFT_TEST, versions=0)
+    with pytest.raises(ValueError, match="versions"): PatchPool(album, RESSHIFT_TEST, versions=-1)
     write_image(tmp_path/"tiny/t.png", noise(24, 200))
     with pytest.raises(ValueError, match=r"t\.png has 24×200"): PatchPool(find_photos(tmp_path/"tiny"), RESSHIFT_TEST)
 

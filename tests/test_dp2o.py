@@ -67,7 +67,7 @@ def test_the_record_names_the_precision(name, fast, precision, monkeypatch, tmp_
     def said(run): return (record(run)["base"] if name == "dp2o" else record(run))["precision"]
     assert said(made()) == precision == said(replace(made(), seed=1))
     assert said(made("bf16")) == "bf16" and said(made("no")) == "no"
-    with pytest.raises(ValueError, match="precision.*'fp16'.*bf16"): made("fp16")
+    with pytest.raises(ValueError, match="precision.*'fp8'.*bf16"): made("fp8")
     open_run(tmp_path/"run", record_of(made()))
     other = torch.float32 if precision == "bf16" else torch.bfloat16
     monkeypatch.setattr(srnb.runs, "usual_dtype", lambda: other)

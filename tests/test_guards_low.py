@@ -299,6 +299,9 @@ OPTIONS = dict( # field -> kind of pipeline, another value, where it shows
     control_scale=("sd", .5, "latents"), train=("sd", "control", "trained"), max_tokens=("flux", 64, "text"),
     texts=("sd", "texts", "texts"), prediction=("sd", "v_prediction", "error"),
     checkpointing=("sd", True, "checkpointing"), tile_vae=("sd", True, "tiling"), levels=("flux", "shifted", "levels"))
+ELSEWHERE = dict( # field -> its test in test_backbones.py
+    variant="test_variant", quantize="test_packed_base_trains_lora", attention="test_attention",
+    compile="test_compiled", offload_vae="test_the_vae_visits_the_device")
 
 
 def shows(pipelines, kind, **options):
@@ -319,8 +322,11 @@ def shows(pipelines, kind, **options):
 
 
 def test_every_option_of_a_backbone_has_an_entry():
+    import test_backbones
+
     from srnb.backbones import BackboneOptions
-    assert {f.name for f in fields(BackboneOptions)} == set(OPTIONS)
+    assert {f.name for f in fields(BackboneOptions)} == {*OPTIONS, *ELSEWHERE}
+    assert all(hasattr(test_backbones, test) for test in ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -132,9 +132,9 @@ def test_a_photograph_that_the_start_has_seen_is_refused(whole, config, tmp_path
     (dict(gap="dmd"), "gap.*'dmd'.*dtm"), (dict(first=2), "first = 2, last = 4"), (dict(first=1, last=1), "last.*2"),
     (dict(lpips_weight=2.), "lpips_weight.*2"), (dict(window=8), "window.*8"), (dict(window=100), "window.*48.*100"),
     (dict(refresh=0), "refresh.*0"), (dict(eval_m=0), "eval_m.*0"), (dict(batch=0), "batch.*0"),
-    (dict(versions=0), "versions.*0"), (dict(judges=[]), "judges"), (dict(judges=["psnr"]), "judges.*'psnr'"),
+    (dict(versions=-1), "versions.*-1"), (dict(judges=[]), "judges"), (dict(judges=["psnr"]), "judges.*'psnr'"),
     (dict(init="onestep"), "net"), (dict(channels=[16]), r"\(16,\)"), (dict(degradation="blur"), "degradation.*'blur'"),
-    (dict(photos="nowhere"), "nowhere"), (dict(precision="fp16"), "precision.*'fp16'")])
+    (dict(photos="nowhere"), "nowhere"), (dict(precision="fp8"), "precision.*'fp8'")])
 def test_config(config, change, named):
     with pytest.raises((ValueError, FileNotFoundError), match=named): fill(replace(config, last=4), change)
 
