@@ -143,8 +143,8 @@ SDXL = _unet("SDXL-base", "stabilityai/stable-diffusion-xl-base-1.0", (CLIP_L, O
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 FLUX = Architecture("FLUX.1-dev", Network("diffusers", "FluxTransformer2DModel", dict(guidance_embeds=True)),
     _autoencoder(sample_size=1024, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
-    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1, # its guidance is an input: one forward
-    hub="black-forest-labs/FLUX.1-dev")
+    (CLIP_L, T5_XXL), run_flux, flux_branch, rows=1,
+    hub="black-forest-labs/FLUX.1-dev") # its guidance is an input: one forward
 FLUX_TOKENS = replace(FLUX, name="FLUX.1-dev with LR tokens", branch=None, lr_tokens=True) # as ASASR has it
 
 # %% ../nbs/14_plan.ipynb #14-plan-r02
