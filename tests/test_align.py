@@ -356,6 +356,7 @@ def test_killed_while_judging(dro, tmp_path, deadly):
     assert set(read_run(b)[1].variant) == {"before", "after", "matched", "bicubic"}
 
 
+@pytest.mark.slow
 def test_kill_9(whole, dro, tmp_path, capsys, forked):
     """The command line, by SIGKILL at three moments: while the bank is drawn, and twice between two checkpoints while
     the buffer is full"""

@@ -267,6 +267,7 @@ try: load_backbone("owner/name@v3")
 except BackboneError as e: print(e)
 """
 
+@pytest.mark.slow # processes of their own, as the Hub is imported with their cache
 def test_revisions(folders, tmp_path):
     "owner/name@revision reads that revision of the Hub's cache and is the policy's name; a folder has none"
     cache = tmp_path/"hub/models--owner--name"
