@@ -39,7 +39,7 @@ from .runs import (Base, Data, Judging, add_trained, check_readable, check_unsee
                        is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
                        trained_on, whole_again)
 from .spectral import l2_energy
-from .training import Loop, fit, log_pictures, processes, put, refuse_fsdp
+from .training import Loop, fit, in_pieces, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/43_onestep.ipynb #43-onestep-007
 def sft_loss(
@@ -279,7 +279,8 @@ def _shown(run:BaseRun, policy:Policy)->Callable: # (step, trackers), for `fit`
     size = min(run.patch, smallest)//policy.stride*policy.stride
     pairs = {p.id: make_pair(p, size, run.degradation) for p in photos}
     def show(step, trackers):
-        for name, (lq, gt) in pairs.items() if trackers else ():
+        if not trackers or in_pieces(policy.net): return # sampling would ask all processes for their pieces
+        for name, (lq, gt) in pairs.items():
             sr = policy.sample(lq[None], [0], steps=20)[0, 0]
             row = torch.cat([bicubic(lq[None], gt.shape[-2:])[0], sr, gt], 2)
             log_pictures(trackers, {f"held out/{name}": row}, step)

@@ -150,7 +150,8 @@ def run_of(folders, kind, method, out, train="base", **change):
     data = Data(size=64, places=1, take=2, prompts=str(out.parent/"prompts.json"))
     base = Base(str(folders[kind]), precision="no", sample_steps=1, options=options)
     judging = Judging(None, m=2, judges=("psnr_y",), eval_m=1)
-    return Run(str(out), method, data, base, judging, FEW, rank=2, batch=1, patch=64, **change), set(told.values())
+    if train != "whole": change = dict(rank=2) | change
+    return Run(str(out), method, data, base, judging, FEW, batch=1, patch=64, **change), set(told.values())
 
 
 SMALL_LOOP = Loop(steps=1, lr=1e-2, warmup=1, log_every=1, save_every=1)
