@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test test-all multi bench tables pages docs preview docs-browser docs-check fmt lock
+.PHONY: help setup demo test test-all multi speed tables pages docs preview docs-browser docs-check fmt lock
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -40,7 +40,7 @@ test-all: ## make test, then the tests marked slow: real launches, papermill, wh
 multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training
 	@.venv/bin/pytest -q --durations 15 tests/test_multi.py
 
-bench: $(READY) ## run every nbs/bench_*.ipynb; fails on a missed goal
+speed: $(READY) ## run every nbs/bench_*.ipynb; fails on a missed goal
 	@$(PY) .ci/runs.py 'bench_*'
 
 tables: $(READY) ## run every nbs/table_*.ipynb over the committed records

@@ -1,5 +1,5 @@
 """Every notebook runs to its end, as nbdev_test runs it or, where its front matter says `skip_exec`, as papermill does,
-each in a warm process of its own. Benchmarks are run by `make bench`, and one of them by test_bench.py"""
+each in a warm process of its own. Benchmarks are run by `make speed`, and one of them by test_bench.py"""
 import sys
 from pathlib import Path
 

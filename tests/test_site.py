@@ -315,6 +315,7 @@ def test_make_help_lists_every_target(root):
     targets = text.split(".PHONY:")[1].splitlines()[0].split()
     shown = subprocess.run(["make", "-s", "help"], cwd=root, check=True, capture_output=True, text=True).stdout
     assert [o.split()[1] for o in shown.splitlines()] == targets
+    assert "speed" in targets and "bench" not in targets # which is `srnb bench` alone
 
 def test_docs_without_quarto_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
