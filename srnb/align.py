@@ -27,21 +27,22 @@ from .config import Checked, leaves, name_of, own_files, record
 from .core import bicubic, open_run, run_done, seed_of, to_bytes, write_table
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
                            make_outputs, read_bytes, score_bank, top_bottom)
+from .data import find_photos
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, row_backward, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
 from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
-from .runs import (FREE, Base, Data, Judging, add_trained, evaluate, freed, inputs_of, is_done, kept_drifts,
-                       photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
+from .runs import (FREE, Base, Blind, Data, Judging, add_trained, blind_of, evaluate, freed, inputs_of, is_done,
+                       kept_drifts, photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
 # %% ../nbs/42_align.ipynb #42-align-006
 class Work:
     "A run at work: what its choices may ask for"
-    def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None):
+    def __init__(self, run, policy:Policy, crops:list, probes:list, given:Pairs|None=None, blind:Blind|None=None):
         own = {i: i.rpartition("-")[0] for i, _, _ in crops} # crop -> photograph
         told = prompts_of(run.data.prompts, [*dict.fromkeys(own.values()), *(i for i, _, _ in probes)]) or {}
         inputs = hashlib.blake2b(digest_size=8)
@@ -53,6 +54,7 @@ class Work:
                 for o in (i.encode(), lq.cpu().numpy(), gt.cpu().numpy(), prompt.encode()): inputs.update(o)
             return WhenAsked(held, Group.images)
         self.run, self.policy, self.device, self.given = run, policy, policy.device, given # pairs of the reader's own
+        self.blind = blind # pictures without ground truth
         self.crops, self.learnt = groups(crops, own), inputs.hexdigest() # to train on; hash of them and their prompts
         self.probes, self.looked_at = groups(probes, {}), inputs.hexdigest() # held out; hash of both
         self.ids = [o.id for o in self.crops.held]
@@ -72,6 +74,18 @@ class Work:
         "A bank of the policy's samples; processes share the groups"
         how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
+
+    def sample_blind(self,
+        variant:str, # `before` is drawn by what training starts from, and runs that start alike share it
+    )->dict[str, Path]: # variant -> bank; empty if there are no such pictures
+        "Samples of the pictures without ground truth"
+        run, folder, m = self.run, self.out/f"blind-{variant}", self.run.judging.eval_m
+        if self.blind is None: return {}
+        if variant == "before" and run.banks:
+            pictures = self.blind.said["blind"]["pictures"]
+            folder = self.home/f"blind-{'started-' if self.on else ''}before-{m}-{pictures}"
+        how = dict(sampler=self.sampler, colour=run.base.colour)
+        return {variant: self.blind.sample(folder, self.policy, m, self.steps, **how)}
 
     @cached_property
     def bank(self)->Path: # of the training crops
@@ -470,8 +484,10 @@ def claim(run:Run, state)->Work|None: # None: it is done
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
     if whole: refuse_fsdp()
-    if run.data.prompts: # of both sets, before a backbone is read
-        prompts_of(run.data.prompts, [p.id for photos in photo_sets(run.data, 1, None) for p in photos])
+    judging, data = run.judging, run.data
+    if data.prompts: # of all sets, before a backbone is read
+        wild = find_photos(judging.blind) if judging.blind else []
+        prompts_of(data.prompts, [p.id for photos in (*photo_sets(data, 1, None), wild) for p in photos])
     with state.main_process_first():
         policy = policy_of(run.base, run.data.prompts, state.device, Path(run.banks or out)/"texts")
         check_reads(policy)
@@ -481,8 +497,12 @@ def claim(run:Run, state)->Work|None: # None: it is done
         if run.patch % policy.stride:
             raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {run.patch}")
         given, digest = given_pairs(run, policy)
-        work = Work(run, policy, *inputs_of(run.data, policy.stride, run.base.backbone, policy), given)
-        said = record_of(run, base=work.base, inputs=work.looked_at, **digest)
+        of = data, policy.stride, run.base.backbone, policy
+        sets = photo_sets(*of)
+        blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
+                         run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
+        work = Work(run, policy, *inputs_of(*of, sets), given, blind)
+        said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **(blind.said if blind else {}))
         if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
         for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
@@ -507,7 +527,7 @@ def align(
         print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
     if run.m: _ = work.bank # drawn by the bare base, whatever adapters come
     if method.start: method.start.prepare(work)
-    banks = dict(before=work.before)
+    banks, blind = dict(before=work.before), work.sample_blind("before")
     _ = work.bounds # all processes score
     drop_scorers() # nothing is scored before training has ended
     freed()
@@ -520,7 +540,8 @@ def align(
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
         banks[variant] = work.sample(out/f"bank-{variant}", work.probes, m)
-    judge(work, banks, state)
+        blind |= work.sample_blind(variant)
+    judge(work, banks, state, blind)
     return out
 
 def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
@@ -548,11 +569,14 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
                 save_adapter(policy, out/"matched-adapter")
     state.wait_for_everyone()
 
-def judge(work:Work, banks:dict[str, Path], state)->None:
+def judge(work:Work, banks:dict[str, Path], state, blind:dict[str, Path])->None:
     "Metrics of the banks, scored by all processes, and spectra; the metrics are written last"
     judging, ids = work.run.judging, [o.id for o in work.probes.held]
     tables = [evaluate(banks, ids, judging.metrics, judging.reward, work.bounds, work.policy.codec.scale,
                        device=work.device)]
+    if blind:
+        wild = work.blind.evaluate(blind, bounds=work.bounds, scale=work.policy.codec.scale, device=work.device)
+        if state.is_main_process: write_table(work.out/"blind.parquet", wild)
     if state.is_main_process:
         write_table(work.out/"psd.parquet", spectra(banks, ids))
         if (file := work.out/"preference.parquet").exists(): tables.append(pd.read_parquet(file))

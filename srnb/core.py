@@ -6,7 +6,7 @@
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
            'to_bytes', 'to_floats', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
            'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table', 'versions',
-           'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'in_words']
+           'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'read_blind', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -365,6 +365,17 @@ def read_run(
         if not (folder/n).exists():
             raise FileNotFoundError(f"{folder} holds no {n}: the run has not finished, or is none")
     return json.loads((folder/"config.json").read_text()), pd.read_parquet(folder/"metrics.parquet")
+
+def read_blind(
+    folder:str|Path, # of a finished run
+):                   # a pandas.DataFrame of image, seed, metric, variant, value
+    "What a run's no-reference metrics said of pictures without ground truth, which its metrics do not hold"
+    import pandas as pd
+    folder = Path(folder)
+    if not (folder/"blind.parquet").exists():
+        raise FileNotFoundError(f"{folder} holds no blind.parquet: the run was not asked to judge pictures without "
+                                "ground truth (judging.blind), or has not finished")
+    return pd.read_parquet(folder/"blind.parquet")
 
 # %% ../nbs/00_core.ipynb #00-core-new1
 def in_words(

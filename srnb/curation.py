@@ -161,11 +161,12 @@ class Group:
     "The candidates of one photograph; images in [0, 1], or 8 bit where a function says so"
     id:str     # of the photograph
     lq:Tensor  # (3,h,w)
-    gt:Tensor  # (3,H,W)
+    gt:Tensor|None # (3,H,W); None: there is no ground truth
     sr:Tensor  # (M,3,H,W)
     prompt:str="" # that the candidates were sampled with
     def images(self)->"Group": # float32, if it is 8 bit
-        return replace(self, lq=to_floats(self.lq), gt=to_floats(self.gt), sr=to_floats(self.sr))
+        gt = None if self.gt is None else to_floats(self.gt)
+        return replace(self, lq=to_floats(self.lq), gt=gt, sr=to_floats(self.sr))
 
 class WhenAsked(Sequence):
     "A list whose items are made when they are asked for: what is held may be smaller"
@@ -214,7 +215,7 @@ def read_bytes(
         numbers = range(m) if chosen is None else chosen
         sr = torch.empty(len(numbers), *shape, dtype=torch.uint8)
         for place, k in zip(sr, numbers, strict=True): place.copy_(stored[k])
-        lq, gt = (f.get_tensor(k).clone() for k in ("lq", "gt")) # copies: the file may be taken away
+        lq, gt = (f.get_tensor(k).clone() if k in f.keys() else None for k in ("lq", "gt")) # the file may be taken away
         return Group(image_id, lq, gt, sr, (f.metadata() or {}).get("prompt", ""))
 
 def read_group(
@@ -228,7 +229,7 @@ def read_group(
 def make_bank(
     folder:str|Path,                # the bank; made, or continued if it has the same parameters
     policy:Policy,                  # whose candidates they are
-    pairs:Sequence[tuple[str, Tensor, Tensor]], # (id, lq (3,h,w), gt (3,H,W)) of each photograph; may read when asked
+    pairs:Sequence[tuple[str, Tensor, Tensor|None]], # (id, lq (3,h,w), gt (3,H,W) or None); may read when asked
     m:int,                          # candidates of a photograph
     steps:int=10,                   # of the sampler
     sampler:Callable|None=None,     # None: the policy's own
@@ -263,7 +264,7 @@ def make_outputs(
 def _fill(folder, pairs, draw, what, params, prompts=None, engine=share): # draw: (id, lq) -> (M,3,H,W)
     ids, inputs = [], hashlib.blake2b(digest_size=8)
     for i, lq, gt in pairs:
-        for o, name in ((lq, "lq"), (gt, "gt")):
+        for o, name in ((lq, "lq"), (gt, "gt"))[:1 if gt is None else 2]:
             inputs.update(to_bytes(check_images(o[None], f"{name} of {i}")).cpu().numpy().tobytes())
         ids.append(i)
     if not ids: raise ValueError("there is no photograph to sample from")
@@ -282,9 +283,12 @@ def _fill(folder, pairs, draw, what, params, prompts=None, engine=share): # draw
     def work(i):
         _, lq, gt = pairs[ids.index(i)]
         sr = draw(i, lq)
-        if sr.shape[1:] != gt.shape:
-            raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {tuple(gt.shape)}")
-        state, prompt = dict(lq=to_bytes(lq), gt=to_bytes(gt), sr=to_bytes(sr)), (prompts or {}).get(i)
+        whole = max(1, sr.shape[-1]//lq.shape[-1]) # without a ground truth, any scale that is a whole number
+        size = (3, *(whole*o for o in lq.shape[1:])) if gt is None else tuple(gt.shape)
+        if sr.shape[1:] != size:
+            raise ValueError(f"candidates of {i} have the size {tuple(sr.shape[1:])}, the photograph {size}")
+        state = {n: to_bytes(o) for n, o in dict(lq=lq, gt=gt, sr=sr).items() if o is not None}
+        prompt = (prompts or {}).get(i)
         def write(tmp):
             save_file(state, tmp, dict(prompt=prompt) if prompt else None)
             with open(tmp, "rb") as f: os.fsync(f.fileno()) # on the disk before it takes its place

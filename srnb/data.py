@@ -132,18 +132,19 @@ def check_disjoint(
     train:Sequence[Photo],
     held_out:Sequence[Photo],
     closest:float=.015,       # thumbnails nearer than this are one photograph
+    other:str="held out",     # what the second set is called
 )->None:
     "Raise ValueError naming the photograph that is in both sets, as the same file or as a re-saved copy"
     if not train or not held_out: return
     shared = {p.sha256: p for p in train}
     for q in held_out:
         if q.sha256 in shared:
-            raise ValueError(f"{shared[q.sha256].path} (train) is the same file as {q.id!r} (held out); "
+            raise ValueError(f"{shared[q.sha256].path} (train) is the same file as {q.id!r} ({other}); "
                              "take it out of one set")
     d = look_distance(train, held_out)
     if d.min() < closest:
         i, j = divmod(int(d.argmin()), d.shape[1])
-        raise ValueError(f"{train[i].path} (train) looks like {held_out[j].id!r} (held out): "
+        raise ValueError(f"{train[i].path} (train) looks like {held_out[j].id!r} ({other}): "
                          f"thumbnails differ by {d.min():.4f}, below {closest}; take it out of one set")
 
 # %% ../nbs/04_data.ipynb #04-data-031

@@ -35,9 +35,9 @@ from .policies import (EMPTY, PixelCodec, Policy, ResidualCodec, check_policy, c
                            influence, save_pretrained, text_ids)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           drop_scorers, st_lpips_loss)
-from .runs import (Base, Data, Judging, add_trained, check_readable, check_unseen, claimed, dtype_of, evaluate,
-                       is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by, settle, small_policy,
-                       trained_on, whole_again)
+from .runs import (Base, Data, Judging, add_trained, blind_of, check_blind, check_readable, check_unseen, claimed,
+                       dtype_of, evaluate, is_done, photo_sets, photos_in, policy_of, prompts_of, record_of, seen_by,
+                       settle, small_policy, trained_on, whole_again)
 from .spectral import l2_energy
 from .training import Loop, fit, in_pieces, log_pictures, processes, put, refuse_fsdp
 
@@ -177,7 +177,7 @@ def train_network(
     policy:Policy,   # what training starts from; its network is trained
     seen:set[str],   # SHA-256 of the photographs that it then has seen
     learn:Callable,  # () -> log
-    judge:Callable|None=None, # () -> metrics, after the policy is written
+    judge:Callable|None=None, # () -> file -> table, in this order, after the policy is written
     save:Callable=save_pretrained, # (policy, folder)
     name:str="policy", # of the folder that it is written to
 )->Path:             # the run's folder
@@ -191,8 +191,9 @@ def train_network(
             write_json(out/name/"photos.json", sorted(seen))
             save(policy, out/name)
         state.wait_for_everyone()
-        table = judge() if judge else None
-        if judge and state.is_main_process: write_table(out/"metrics.parquet", table)
+        tables = judge() if judge else {}
+        if state.is_main_process:
+            for file, table in tables.items(): write_table(out/file, table)
         state.wait_for_everyone()
     return out
 
@@ -255,19 +256,26 @@ def evaluate_base(
     data:Data=Data(),    # noqa: B008  held-out photographs, their size and degradation
     m:int=8,             # samples of a photograph
     steps:int=10,        # of the sampler
+    blind:str|None=None, # folder of pictures without ground truth, judged as well: see room 41
 )->pd.DataFrame:         # image, seed, metric, variant ("sample", "mean", "bicubic"), value
     "Samples, their pixel-wise mean and bicubic on held-out photographs; written as the run's metrics"
     out, metrics = Path(out), [PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, PIQE]
     check_available(metrics, (data.size, data.size))
+    check_blind("blind", blind, metrics)
     photos = photos_in(data.held_out, "held_out")[:data.take or None]
     check_unseen(out/"policy", photos)
     pairs = [(p.id, *make_pair(p, data.size, data.degradation)) for p in photos]
     policy = from_pretrained(out/"policy", dtype=torch.bfloat16)
     check_reads(policy)
+    wild = blind_of("blind", blind, metrics, policy, m, name=out/"policy")
     note = dict(degradation=record(data.degradation), size=data.size)
     bank = make_bank(out/"held_out", policy, pairs, m, steps, note=note)
     table = evaluate(dict(sample=bank), [i for i, _, _ in pairs], metrics, mean=True,
                      device=policy.device)
+    if wild:
+        seen = wild.evaluate(dict(sample=wild.sample(out/"blind-sample", policy, m, steps)), mean=True,
+                             device=policy.device)
+        write_table(out/"blind.parquet", seen)
     write_table(out/"metrics.parquet", table)
     return table
 
@@ -340,12 +348,14 @@ class CTMSRRun(Patches):
     take:int = 0                            # the first photographs of each set only; 0: all
     judges:tuple[Metric, ...] = (PSNR_Y, SSIM_Y, LSD, ST_LPIPS_ALEX, ST_LPIPS_VGG, CVVDP, PIQE)
     eval_m:int = 4                          # noise seeds of a held-out photograph
+    blind:str|None = None                   # folder of pictures without ground truth: all are judged, eval_m seeds each
     loop:Loop = Loop(lr=5e-4, steps=1000, warmup=100, decay=.6, ema=.999, save_every=250, log_every=25)
     banks:str|None = None                   # folder for stage 1, shared by runs that differ in stage 2 alone; None: out
     def check(self):
         super().check()
         Data((), self.held_out, size=self.size, take=self.take)
         Judging(None, judges=self.judges, eval_m=self.eval_m)
+        check_blind("CTMSRRun.blind", self.blind, self.judges)
         if not 1 <= self.last <= self.first:
             raise ValueError(f"need 1 <= last <= first intervals, got first = {self.first}, last = {self.last}")
         if self.match.gap != "none" and self.last < 2:
@@ -388,11 +398,12 @@ def train_ctmsr(
     train, test = photo_sets(run, policy.stride, run.init, policy)
     seen = {p.sha256 for p in train} | seen_by(run.init, policy)
     stands_for = dict(start=fingerprint(policy), trained_on=trained_on(train, seen))
-    said = record_of(run, **stands_for)
+    wild = blind_of("CTMSRRun.blind", run.blind, run.judges, policy, run.eval_m, train, run.init)
+    said = record_of(run, **stands_for, **(wild.said if wild else {}))
     if is_done(out, said): return out
     probes = [(p.id, *make_pair(p, run.size, run.degradation)) for p in test]
     pool = PatchPool(train, run.degradation, run.versions, run.max_side, held_out=test)
-    later = ("match", "size", "judges", "eval_m", "held_out") # what stage 1 does not depend on
+    later = ("match", "size", "judges", "eval_m", "held_out", "blind") # what stage 1 does not depend on
     first = {k: v for k, v in said["config"].items() if k not in later}
     first |= stands_for | own_files([run.degradation, run.init])
     def learn():
@@ -407,5 +418,9 @@ def train_ctmsr(
     def judge():
         note = dict(degradation=record(run.degradation), size=run.size)
         bank = make_bank(out/"held_out", policy, probes, run.eval_m, 1, note=note)
-        return evaluate(dict(sr=bank), [i for i, _, _ in probes], run.judges, device=policy.device)
+        table, tables = evaluate(dict(sr=bank), [i for i, _, _ in probes], run.judges, device=policy.device), {}
+        if wild:
+            bank = wild.sample(out/"blind-sr", policy, run.eval_m, 1)
+            tables["blind.parquet"] = wild.evaluate(dict(sr=bank), device=policy.device)
+        return dict(tables, **{"metrics.parquet": table})
     return train_network(run, said, policy, seen, learn, judge)

@@ -6,20 +6,22 @@
 __all__ = ['CLIP_L', 'OPEN_CLIP_H', 'OPEN_CLIP_BIGG', 'T5_XXL', 'SD15', 'SD2', 'SDXL', 'FLUX', 'FLUX_TOKENS', 'GB', 'NAMES',
            'Network', 'parameters', 'Architecture', 'run_unet', 'run_flux', 'read_architecture', 'Tally', 'Cost',
            'measure', 'MetaAutocast', 'autocast', 'attention_layers', 'asasr_layers', 'run_layers', 'Training', 'adapt',
-           'build', 'cost', 'Plan', 'course_of', 'plan', 'largest', 'advice']
+           'build', 'cost', 'Plan', 'course_of', 'plan', 'largest', 'advice', 'run_whole', 'run_decoder',
+           'bytes_per_pixel', 'free_memory', 'free_on', 'check_whole']
 
 # %% ../nbs/14_plan.ipynb #14-plan-003
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -577,3 +579,71 @@ def advice(
     if fixed > .8*capacity: changes = [f"the weights alone take {fixed/GB:.1f} GB: take a larger card, shard them "
                                        "over several (FSDP), or hold them in 8 or 4 bits"]
     return "What to change: " + "; ".join(changes or ["take a larger card"]) + "."
+
+# %% ../nbs/14_plan.ipynb #14-plan-blind1
+_BYTES = WeakKeyDictionary() # policy -> run -> bytes, so that a folder of images counts once
+
+def run_whole(policy, lq:Tensor, noise:Tensor)->None: policy.solve(lq, noise, 1) # the network, and what is around it
+def run_decoder(policy, lq:Tensor, noise:Tensor)->None: policy.codec.decode(noise, lq)
+
+def bytes_per_pixel(
+    policy,                # anything with solve, codec and stride
+    run:Callable=run_whole, # (policy, lq, noise) -> None; or `run_decoder`
+)->float:                  # bytes of a run for each pixel of lq
+    "How fast the memory of a run grows with its input; a VAE is not tiled meanwhile"
+    known, vae = _BYTES.setdefault(policy, {}), getattr(policy.codec, "vae", None)
+    if run not in known:
+        grid, peaks, tiled = policy.stride//policy.codec.factor, [], getattr(vae, "use_tiling", False)
+        n = -(-32//grid)*grid
+        if tiled: vae.disable_tiling()
+        try:
+            for side in (n, 2*n):
+                lq = torch.zeros(1, 3, side, side)
+                noise = torch.zeros(1, *policy.codec.shape(lq))
+                with Tally() as made: run(policy, lq, noise)
+                peaks.append(made.peak)
+        finally:
+            if tiled: vae.enable_tiling()
+        known[run] = (peaks[1]-peaks[0])/(3*n*n)
+    return known[run]
+
+# %% ../nbs/14_plan.ipynb #14-plan-blind2
+def free_memory()->int: # bytes
+    "Memory that can be had: of the machine, or of the container if that is less"
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError): # no such file, or it says "max"
+            limit, used = (Path("/sys/fs/cgroup")/o for o in (limit, used))
+            stat = dict(line.split() for line in (used.parent/"memory.stat").read_text().splitlines())
+            cache = sum(int(stat.get(o, 0)) for o in ("active_file", "inactive_file")) # the kernel gives it back
+            free = min(free, int(limit.read_text())-int(used.read_text())+cache)
+    return max(free, 0)
+
+def free_on(
+    device:torch.device|None, # None: the processor
+)->int:                       # bytes
+    "Memory that can be had where a policy lies"
+    if device is None or device.type == "cpu": return free_memory()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
+
+def check_whole(
+    policy,             # anything with solve, codec and stride
+    size:Sequence[int], # (h, w) of lq
+    m:int,              # samples
+    what:str,           # the picture, for the error
+)->None:
+    "DoesNotFit unless a picture can be solved whole and M samples of it be held"
+    f, (h, w), vae = policy.codec.factor, size, getattr(policy.codec, "vae", None)
+    run, device = bytes_per_pixel(policy)*h*w, getattr(policy, "device", None)
+    if vae is not None: # decoded whole, or in the VAE's own tiles
+        most = (vae.tile_sample_min_size/f)**2 if vae.use_tiling else h*w
+        run = max(run, bytes_per_pixel(policy, run_decoder)*min(most, h*w))
+    run, held, free = 1.6*run, 40*m*f*f*h*w, free_memory() # 3 channels: float32 three times, and bytes
+    needs = [(run+held, free)] if device is None or device.type == "cpu" else [(run, free_on(device)), (held, free)]
+    for need, there in needs:
+        if need >= .9*there:
+            raise DoesNotFit(f"{what} has {w}×{h} pixels; it is solved whole, and with M = {m} samples that takes "
+                             f"{need/GB:.2f} GB where {there/GB:.2f} GB are free: cut the picture, take it out, or "
+                             "take fewer samples (eval_m)")
+

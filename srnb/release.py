@@ -114,6 +114,9 @@ def export_dataset(
     about, columns = _columns(Path(bank), metrics, reward, normaliser, photos)
     ids = columns["id"]
     first = read_group(bank, ids[0])
+    if first.gt is None:
+        raise ValueError(f"{bank}: {first.id} has no ground truth, which every row of a data set has; name a bank of "
+                         "photographs")
     per = max(1, int(shard_bytes)//sum(o.numel() for o in (first.lq, first.gt, first.sr))) # raw bytes: PNG is smaller
     starts = range(0, len(ids), per)
     content = hashlib.blake2b(json.dumps([about, columns], sort_keys=True).encode(), digest_size=8).hexdigest()

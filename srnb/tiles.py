@@ -4,23 +4,19 @@
 
 # %% auto #0
 __all__ = ['noise_window', 'noise_for', 'mirror', 'cuts', 'layout', 'ramps', 'solve_tiles', 'on_latents', 'view', 'solve_blended',
-           'run_whole', 'run_decoder', 'bytes_per_pixel', 'free_memory', 'free_on', 'Tiling', 'plan_tiles']
+           'Tiling', 'plan_tiles']
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-003
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, product
-from pathlib import Path
-from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from torch import Tensor
 
 from .core import generator, seed_of, to_bytes
 from .degrade import mirrored
-from .plan import DoesNotFit, Tally
+from .plan import DoesNotFit, bytes_per_pixel, free_on, run_decoder
 from .policies import in_eval, text_ids
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-008
@@ -203,53 +199,7 @@ def solve_blended(
     _check_finite(z)
     return to_bytes(policy.codec.decode(z, lq).clamp(0, 1)).cpu()[..., :f*h, :f*w]
 
-# %% ../nbs/60_tiles.ipynb #60-upscale-051
-_BYTES = WeakKeyDictionary() # policy -> run -> bytes, so that a folder of images counts once
-
-def run_whole(policy, lq:Tensor, noise:Tensor)->None: policy.solve(lq, noise, 1) # the network, and what is around it
-def run_decoder(policy, lq:Tensor, noise:Tensor)->None: policy.codec.decode(noise, lq)
-
-def bytes_per_pixel(
-    policy,                # anything with solve, codec and stride
-    run:Callable=run_whole, # (policy, lq, noise) -> None; or `run_decoder`
-)->float:                  # bytes of a run for each pixel of lq
-    "How fast the memory of a run grows with its input; a VAE is not tiled meanwhile"
-    known, vae = _BYTES.setdefault(policy, {}), getattr(policy.codec, "vae", None)
-    if run not in known:
-        grid, peaks, tiled = policy.stride//policy.codec.factor, [], getattr(vae, "use_tiling", False)
-        n = -(-32//grid)*grid
-        if tiled: vae.disable_tiling()
-        try:
-            for side in (n, 2*n):
-                lq = torch.zeros(1, 3, side, side)
-                noise = torch.zeros(1, *policy.codec.shape(lq))
-                with Tally() as made: run(policy, lq, noise)
-                peaks.append(made.peak)
-        finally:
-            if tiled: vae.enable_tiling()
-        known[run] = (peaks[1]-peaks[0])/(3*n*n)
-    return known[run]
-
 # %% ../nbs/60_tiles.ipynb #60-upscale-054
-def free_memory()->int: # bytes
-    "Memory that can be had: of the machine, or of the container if that is less"
-    free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with suppress(OSError, ValueError): # no such file, or it says "max"
-            limit, used = (Path("/sys/fs/cgroup")/o for o in (limit, used))
-            stat = dict(line.split() for line in (used.parent/"memory.stat").read_text().splitlines())
-            cache = sum(int(stat.get(o, 0)) for o in ("active_file", "inactive_file")) # the kernel gives it back
-            free = min(free, int(limit.read_text())-int(used.read_text())+cache)
-    return max(free, 0)
-
-def free_on(
-    device:torch.device|None, # None: the processor
-)->int:                       # bytes
-    "Memory that can be had where a policy lies"
-    if device is None or device.type == "cpu": return free_memory()
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
-
 @dataclass(frozen=True)
 class Tiling:
     "What an image will take"

@@ -165,6 +165,7 @@ EVERY = { # of every Run
     "judging.reward": ("offline_nr", "bounds metrics"), "judging.m": (5, "samples", {"judging.reward": "offline_nr"}),
     "judging.judges": (("ssim_y",), "metrics"), "judging.eval_m": (3, "before after metrics"),
     "judging.show": (1, ""),
+    "judging.blind": (given("wild"), "blind blind-before blind-after", {"judging.judges": ("psnr_y", "piqe")}),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
     "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
@@ -225,6 +226,7 @@ OWN = { # of one setting
     "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
         init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),
         size=(80, "after metrics"), eval_m=(3, "after metrics"), judges=(("ssim_y",), "metrics"),
+        blind=(given("wild"), "blind blind-sr", dict(judges=("psnr_y", "piqe"))),
         take=(1, "log policy after"), first=(5, "log"), last=(2, "log"), lpips_weight=(.9, "log policy"),
         window=(32, "log policy")) | below("match", dict(
             gap=("sds", "log policy"), weight=(.8, "log policy"), inside=(False, "log"), refresh=(1, "log"))
@@ -236,7 +238,8 @@ TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[
 PLACES = {"out", "banks"} # fields that name places alone
 BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank") # what is made of training crops
 OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary", "stage1"} # who must differ there shares nothing
-NAMES = {"bank-after": "after", "held_out": "after", "started-before": "before", "reference-adversary": "adversary"}
+NAMES = {"bank-after": "after", "held_out": "after", "started-before": "before", "reference-adversary": "adversary",
+         "blind-started-before": "blind-before"}
 
 
 def marked(setting, path):
@@ -294,6 +297,9 @@ def world(tmp_path_factory):
         w[name] = str(top/name)
         (top/name).mkdir()
         for p in photos[2*k:2*k+2]: to_pil(p.read()[:, 60:156, 80:192].contiguous()).save(top/name/f"{p.id}.png")
+    (top/"wild").mkdir()
+    for k in (8, 9): to_pil(photos[k].read()[:, :21+k, :32].contiguous()).save(top/"wild"/f"{k}.png")
+    w["wild"] = str(top/"wild")
     small, one_step = UNetConfig((16, 16), (1, 1), 16, 16, 1), OneStepConfig((16, 16), (1, 1), 16, 8)
     for k, (name, more) in enumerate((("tiny", "onestep"), ("tiny2", "onestep2"))):
         w[name] = random_policy(top/name, SmallUNet(small), seed=2*k)
@@ -460,7 +466,10 @@ def test_every_field_changed_alone_changes_what_a_run_leaves(runs, setting, path
     ("dp2o", "judging.m", "before"), ("asasr", "data.held_out", "outputs reference adversary log adapter"),
     ("dpo", "seed", "bank before"), ("asasr", "method.losers.outputs", "reference before"),
     ("asasr", "seed", "outputs reference before"),
-    *(("ctmsr", p, "log policy") for p in ("held_out", "eval_m"))])
+    *(("ctmsr", p, "log policy") for p in ("held_out", "eval_m")),
+    ("dp2o", "judging.blind", "bank bounds before after log adapter metrics psd"),
+    ("asasr", "judging.blind", "outputs reference adversary before after log adapter metrics psd"),
+    ("ctmsr", "blind", "log policy stage1 stage2 after metrics")])
 def test_what_a_field_must_leave_alone(runs, setting, path, what):
     "Nothing that is held out reaches training; a run's seed does not reach what runs share"
     before, after = (o[2] for o in runs.changed(setting, path))

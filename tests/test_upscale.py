@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from srnb import images, tiles
+from srnb import images, plan, tiles
 from srnb.command import main
 from srnb.core import bicubic, generator, quantize
 from srnb.files import SAVES
@@ -334,9 +334,9 @@ def test_the_plan_says_what_is_needed(monkeypatch):
     need = [tiles.plan_tiles(quick, (1000, 1000), t).bytes for t in (256, 128, 64)]
     assert need == sorted(need, reverse=True)
     for n, tile in zip(need, (256, 128, 64), strict=True):
-        monkeypatch.setattr(tiles, "free_memory", lambda n=n: int(n/.9)+10)
+        monkeypatch.setattr(plan, "free_memory", lambda n=n: int(n/.9)+10)
         assert tiles.plan_tiles(quick, (1000, 1000)).tile == tile
-    monkeypatch.setattr(tiles, "free_memory", lambda: need[-1])
+    monkeypatch.setattr(plan, "free_memory", lambda: need[-1])
     with pytest.raises(DoesNotFit, match="1000x1000 pixels need"): tiles.plan_tiles(quick, (1000, 1000))
     with pytest.raises(DoesNotFit, match="take smaller tiles"): tiles.plan_tiles(quick, (1000, 1000), 256)
 
@@ -575,7 +575,7 @@ WHY = ("damaged image|not an image of a kind|holds \\d+ pictures|colour mode|16 
 @settings(max_examples=600, **FUZZ)
 @given(data=st.one_of(damaged(), st.binary(max_size=200)))
 def test_fuzz_of_image_bytes(data, loader, capsys, monkeypatch):
-    monkeypatch.setattr(tiles, "free_memory", lambda: 10**8) # so that a header that lies about its size costs nothing
+    monkeypatch.setattr(plan, "free_memory", lambda: 10**8) # so that a header that lies about its size costs nothing
     with TemporaryDirectory() as folder:
         source, target = Path(folder)/"a.img", Path(folder)/"out.png"
         source.write_bytes(data)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srnb import tiles
+from srnb import plan, tiles
 from srnb.backbones import Backbone, BackboneOptions, Cond, LatentCodec, load_backbone, write_tiny, write_tiny_control
 from srnb.command import main
 from srnb.core import bicubic, generator
@@ -231,25 +231,25 @@ def test_defaults(load, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plan(load, kind, monkeypatch):
     p = load(kind)
-    per_solve, per_decode = tiles.bytes_per_pixel(p), tiles.bytes_per_pixel(p, tiles.run_decoder)
-    for run, per in ((tiles.run_whole, per_solve), (tiles.run_decoder, per_decode)):
+    per_solve, per_decode = plan.bytes_per_pixel(p), plan.bytes_per_pixel(p, plan.run_decoder)
+    for run, per in ((plan.run_whole, per_solve), (plan.run_decoder, per_decode)):
         x = torch.zeros(1, 3, 80, 80)
         noise = torch.zeros(1, *p.codec.shape(x))
         with Tally() as made: run(p, x, noise)
         assert .8 < made.peak/80**2/per < 1.25
-    monkeypatch.setattr(tiles, "free_memory", lambda: 10**13)
+    monkeypatch.setattr(plan, "free_memory", lambda: 10**13)
     assert [tiles.plan_tiles(p, s).tiles for s in ((128, 128), (129, 129), (20, 300))] == [1, 4, 1]
     assert tiles.plan_tiles(p, (1000, 1000)).tile == 128
     small = tiles.plan_tiles(p, (1000, 1000)).bytes
     assert small > per_decode*10**6
     p.codec.vae.enable_tiling()
     try:
-        assert tiles.bytes_per_pixel(p) == per_solve and tiles.plan_tiles(p, (1000, 1000)).bytes < .5*small
+        assert plan.bytes_per_pixel(p) == per_solve and tiles.plan_tiles(p, (1000, 1000)).bytes < .5*small
         assert p.codec.vae.use_tiling
         x, said = photo(48, 48), []
         assert upscale(x, p, steps=1, tile=64, say=said.append).shape == (1, 3, 192, 192)
-        tiles._BYTES.pop(p)
-        assert tiles.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
+        plan._BYTES.pop(p)
+        assert plan.bytes_per_pixel(p) == per_solve and p.codec.vae.use_tiling
     finally: p.codec.vae.disable_tiling()
 
 
