@@ -3,6 +3,8 @@ import json
 import shutil
 from dataclasses import replace
 
+import forks
+import nbformat
 import pytest
 import torch
 from conftest import same_result
@@ -281,6 +283,20 @@ def test_a_one_step_run_and_a_base_judge_them_too(folders, tiny, tmp_path):
         evaluate_base(base, data, m=2, steps=2, blind=str(tmp_path/"pairs"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, change", [("dp2o", "after - before"), ("asasr", "after - before"),
+                                          ("dro", "after - before"), ("sft", "mean - bicubic"), ("ctmsr", "sr - bicubic")])
+def test_papermill_takes_it_and_the_page_shows_it(root, folders, tmp_path, forked, name, change):
+    "Smoke runs, and the mean change is that of the run's table"
+    page, out, there = root/"nbs"/f"train_{name}.ipynb", tmp_path/"out.ipynb", str(folders/"blind")
+    run = forked(forks.notebook, page, out, dict(blind=there), cwd=root, IN_TEST="1", TMPDIR=str(tmp_path))
+    assert run.wait() == 0, run.err[-3000:]
+    shown = [o for c in nbformat.read(out, 4).cells for o in c.get("outputs", ())]
+    shown = [o.data["text/plain"] for o in shown if "data" in o and change in o.data.get("text/plain", "")]
+    row = next(o for o in shown[-1].splitlines() if "piqe" in o and change in o)
+    assert len(list(tmp_path.glob("*/blind.parquet"))) == 1 and " 3 " in f"{row} " # pictures
+
+
 def test_prompts_are_by_picture(run, folders, tmp_path):
     "One of these pictures needs one as a held-out photograph does, and may not share a name with one"
     pipe = write_tiny("sd", tmp_path/"pipe")
@@ -310,7 +326,8 @@ def test_prompts_are_by_picture(run, folders, tmp_path):
 
 def test_two_processes_judge_them_together(done, run, folders, tmp_path, forked):
     out, run = done
-    said = dict(run="Run", config=record(blind(run, folders/"blind", loop=replace(run.loop, parts=2), out=str(tmp_path/"two"))))
+    shared = blind(run, folders/"blind", loop=replace(run.loop, parts=2), out=str(tmp_path/"two"))
+    said = dict(run="Run", config=record(shared))
     both = team(forked, train_json, said)
     assert not any(o.wait() for o in both), "".join(o.err for o in both)
     a, b = (read_blind(o).sort_values(["metric", "variant", "image", "seed"]) for o in (out, tmp_path/"two"))
