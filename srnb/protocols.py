@@ -15,13 +15,12 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tarfile
 import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib import metadata
 from importlib.resources import files
@@ -34,7 +33,6 @@ from PIL import Image
 from torch import Tensor
 
 from .colour import Colour
-from .config import constants
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
 from .rewards import Metric, MetricMismatch, MetricUnavailable, pyiqa_metric, score, scorer_of
@@ -104,7 +102,7 @@ class Measure:
 
     def metric(self)->Metric:
         "The metric of this variant, for `score`; the same object at every call"
-        return _metric_of(self)
+        return _metric_of(replace(self, name="", logged="", tolerance=None, left_open="")) # which compute nothing
 
 def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
     h, w = images.shape[-2:]
@@ -591,7 +589,7 @@ def pictures_in(
     for name, archive in archives:
         below = f"{name.rpartition('.')[0]}/" if name else ""
         rows += [(below + n, r) for n, r in _members(archive, say)]
-    hidden = [n for n, _ in rows if any(o.startswith(".") for o in n.split("/")) or n.startswith("__MACOSX/")]
+    hidden = [n for n, _ in rows if any(o.startswith(".") or o == "__MACOSX" for o in n.split("/"))]
     others = [n for n, _ in rows if n not in {*hidden} and PurePosixPath(n).suffix.lower() not in PICTURES]
     for what, names in (("hidden", hidden), ("no pictures", others)):
         if names: say(f"{path}: {len(names)} files are {what}, left out: {', '.join(sorted(names)[:3])}"
