@@ -1,6 +1,6 @@
-"""Golden numbers of room 24, under `srnb/golden`. `golden.py osediff FOLDER` reads the pictures and the log of OSEDiff's
-authors and writes digests and logged numbers; no picture enters the repository. `golden.py drawn` computes the numbers of
-the drawn pictures with NumPy and SciPy, without any function of srnb, and NIQE with pyiqa; it fails if pyiqa disagrees."""
+"""Golden numbers of room 24, under `srnb/golden`. `golden.py osediff FOLDER` reads the pictures and log of OSEDiff's
+authors and writes digests and logged numbers; no picture enters the repository. `golden.py drawn` computes the numbers
+of the drawn pictures with NumPy and SciPy, without any function of srnb; it fails if pyiqa disagrees."""
 import argparse
 import csv
 import hashlib

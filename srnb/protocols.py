@@ -12,9 +12,11 @@ __all__ = ['GOLDEN', 'REALSR_CROP', 'DREALSR_CROP', 'DIV2K_CROP', 'REALSR_FULL',
 # %% ../nbs/24_protocols.ipynb #24-protocols-004
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
+import sys
 import tarfile
 import threading
 import zipfile
@@ -35,33 +37,8 @@ from torch import Tensor
 from .colour import Colour
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
-from .rewards import Metric, MetricMismatch, MetricUnavailable, pyiqa_metric, score, scorer_of
-
-# %% ../nbs/24_protocols.ipynb #24-protocols-011
-# stand-ins until room 20 has them
-def psnr(sr, gt, border, channel, eps):
-    b = slice(border, -border or None)
-    mse = ((channel(sr)-channel(gt[None]))[..., b, b]**2).mean((1, 2, 3))/255**2
-    return -10*(mse+eps).log10()
-
-def ssim(sr, gt, border, channel):
-    from srnb.rewards import _gaussian
-    b = slice(border, -border or None)
-    a, c = channel(sr)[..., b, b], channel(gt[None])[..., b, b]
-    c1, c2 = (.01*255)**2, (.03*255)**2
-    mu_b, bb = _gaussian(torch.cat([c, c*c], 1), 1.5, 5).unbind(1)
-    mu_a, aa, ab = _gaussian(torch.cat([a, a*a, a*c], 1), 1.5, 5).unbind(1)
-    cs = ((2*(ab - mu_a*mu_b) + c2)/(aa - mu_a**2 + bb - mu_b**2 + c2)).relu()
-    s = (2*mu_a*mu_b + c1)/(mu_a**2 + mu_b**2 + c1)*cs
-    return s.mean((1, 2))
-
-def luma(images):
-    weight = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
-    return 16 + (images.double()*weight).sum(1, keepdim=True)
-
-def luma_rounded(images): return luma(images).round()
-
-OWN = dict(psnr=psnr, ssim=ssim)
+from .rewards import Metric, MetricMismatch, MetricUnavailable, luma_studio, luma_studio_whole, pyiqa_metric
+from .rewards import score, scorer_of
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-012
 @dataclass(frozen=True)
@@ -82,6 +59,7 @@ class Measure:
     def __post_init__(self):
         if self.package not in ("srnb", "pyiqa"):
             raise ValueError(f"measure {self.name}: package must be 'srnb' or 'pyiqa', got {self.package!r}")
+        if self.package == "srnb": self._check_own()
         if self.package == "pyiqa" and self.channel is not None:
             raise ValueError(f"measure {self.name}: pyiqa's metrics choose their channel themselves: channel must be "
                              "None, and what they take as keyword arguments belongs into options")
@@ -90,6 +68,16 @@ class Measure:
             raise ValueError(f"measure {self.name}: dtype must be {' or '.join(allowed)}, got {self.dtype!r}")
         if isinstance(self.border, bool) or not isinstance(self.border, int) or self.border < 0:
             raise ValueError(f"measure {self.name}: border must be a whole number of pixels, got {self.border!r}")
+
+    def _check_own(self)->None: # a function of room 20, and all that it takes
+        function = _function(self.id)
+        if function is None: raise ValueError(f"measure {self.name}: room 20 has no function {self.id!r}")
+        try: inspect.signature(function).bind(None, None, border=self.border, **self._options())
+        except TypeError as e:
+            raise ValueError(f"measure {self.name}: {self.id} cannot be called like this ({e}); "
+                             "psnr and ssim take a channel, and options are its other arguments") from e
+    def _options(self)->dict: # with the channel, if there is one
+        return dict(self.options) | ({} if self.channel is None else dict(channel=self.channel))
 
     @property
     def variant(self)->str:
@@ -109,10 +97,14 @@ def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
     if min(h, w) <= 2*border: raise ValueError(f"a border of {border} leaves nothing of {h}×{w} pixels")
     return images[..., border:h-border, border:w-border]
 
+def _function(id:str)->Callable|None: # of room 20
+    found = vars(sys.modules[Metric.__module__]).get(id)
+    return found if callable(found) and not id.startswith("_") else None
+
 def _own_scorer(m:Measure)->Callable: # of a function of room 20
-    function = OWN[m.id]
+    function = _function(m.id)
     dtype = getattr(torch, m.dtype)
-    options = dict(m.options)
+    options = m._options()
     if m.channel is not None:
         @functools.wraps(m.channel)
         def channel(images): return m.channel(images).to(dtype).double()
@@ -246,8 +238,9 @@ class Protocol:
     def __post_init__(self):
         for what, names in (("set", [o.name for o in self.sets]), ("measure", [o.name for o in self.measures])):
             twice = [k for k, n in Counter(names).items() if n > 1]
-            if twice or not names: raise ValueError(f"protocol {self.name}: {what} {twice[0] if twice else 'missing'}: "
-                                                    f"each {what} has one name, and there is one at least")
+            if twice or not names:
+                raise ValueError(f"protocol {self.name}: {what} {twice[0] if twice else 'missing'}: each {what} has one "
+                                 "name, and there is one at least")
         if len({o.scale for o in self.sets}) > 1: raise ValueError(f"protocol {self.name}: its sets differ in scale")
 
     @property
@@ -282,7 +275,8 @@ def describe(
     for m in p.measures:
         made = f", numbers by pyiqa {m.logged}" if m.logged else ""
         held = f", held to {m.tolerance:g}" if m.tolerance is not None else ""
-        lines.append(f"  {m.name}: {m.variant}, {m.dtype}, {'higher' if m.higher_better else 'lower'} is better{made}{held}")
+        better = "higher" if m.higher_better else "lower"
+        lines.append(f"  {m.name}: {m.variant}, {m.dtype}, {better} is better{made}{held}")
         lines += [f"    open: {m.left_open}"] if m.left_open else []
     sizes = "must agree" if p.crop is None else p.crop.__doc__
     lines += [f"outputs: {'rounded to 8 bit' if p.eight_bit else 'scored as floats'}; colour fix {p.colour.fix}; "
@@ -293,10 +287,10 @@ def describe(
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-041
 def _psnr(border:int, logged:str="", note:str="")->Measure:
-    return Measure("psnr", "srnb", "psnr", "fr", True, border, luma, "float64", (("eps", 1e-8),), logged, 1e-4, note)
+    return Measure("psnr", "srnb", "psnr", "fr", True, border, luma_studio, "float64", (("eps", 1e-8),), logged, 1e-4, note)
 
 def _ssim(border:int, logged:str="", note:str="")->Measure:
-    return Measure("ssim", "srnb", "ssim", "fr", True, border, luma_rounded, "float64", (), logged, 1e-5, note)
+    return Measure("ssim", "srnb", "ssim", "fr", True, border, luma_studio_whole, "float64", (), logged, 1e-5, note)
 
 def _fr(name:str, id:str, logged:str="", tolerance:float|None=None, note:str="", higher:bool=False)->Measure:
     return Measure(name, "pyiqa", id, "fr", higher, 0, None, "float32", (), logged, tolerance, note)
@@ -326,8 +320,8 @@ DIV2K_CROP = TestSet("div2k", 3000, (128, 128), 4,
      Layout("div2k/lq", "div2k/gt")), True, "DIV2K, random crops and degradation of StableSR", "academic use",
     left_open="drawn at random: only the published archive is this set; PASD's paper used whole photographs")
 REALSR_FULL = TestSet("realsr_full", 100, None, 4,
-    (Layout("*/Test/4", "*/Test/4"), Layout("RealSR_V3/lq", "RealSR_V3/gt"), Layout("realsr_full/lq", "realsr_full/gt")),
-    True, "RealSR version 3, test split ×4, whole photographs", "academic use")
+    (Layout("*/Test/4", "*/Test/4"), Layout("RealSR_V3/lq", "RealSR_V3/gt"),
+     Layout("realsr_full/lq", "realsr_full/gt")), True, "RealSR version 3, test split ×4, whole photographs", "academic use")
 IMAGENET = TestSet("imagenet", 3000, (64, 64), 4,
     (Layout("imagenet256/lq", "imagenet256/gt"), Layout("imagenet/lq", "imagenet/gt")), True,
     "ImageNet-Test of ResShift, from ImageNet's validation set", "ImageNet's terms",
@@ -362,16 +356,18 @@ _FAMILY = (
         CTMSR-1 24.88 .6265 .3026 .2040 5.115 65.62 .5165 .6601"""))
 _BICUBIC = (*_rows("realsr", 100, "Pillow's bicubic on the published files", "psnr ssim", "bicubic 27.113 .7555"),
             *_rows("drealsr", 93, "Pillow's bicubic on the published files", "psnr ssim", "bicubic 30.544 .8298"))
+_BORDER = "PSNR and SSIM with a border of 4"
 _SEESR_ROWS = (
-    *_rows("realsr", 100, _RSD, _TABLE, "SeeSR-50 25.18 .7216 .3009 .2223 5.408 69.77 .6442 .6612", "PSNR, SSIM: border 4"),
-    *_rows("drealsr", 93, _RSD, _TABLE, "SeeSR-50 28.17 .7691 .3189 .2315 6.397 64.93 .6042 .6804", "PSNR, SSIM: border 4"),
-    *_rows("div2k", 3000, _RSD, _TABLE, "SeeSR-50 23.68 .6043 .3194 .1968 4.810 68.67 .6240 .6936", "PSNR, SSIM: border 4"))
+    *_rows("realsr", 100, _RSD, _TABLE, "SeeSR-50 25.18 .7216 .3009 .2223 5.408 69.77 .6442 .6612", _BORDER),
+    *_rows("drealsr", 93, _RSD, _TABLE, "SeeSR-50 28.17 .7691 .3189 .2315 6.397 64.93 .6042 .6804", _BORDER),
+    *_rows("div2k", 3000, _RSD, _TABLE, "SeeSR-50 23.68 .6043 .3194 .1968 4.810 68.67 .6240 .6936", _BORDER))
 _SEEDS = "draws random crops up to pyiqa 0.1.11: the number of a picture depends on the pictures before it"
 
 OSEDIFF = Protocol("osediff", "the StableSR family as OSEDiff measures it",
     ("cswry/OSEDiff, test_metrics.py and logs", "cswry/OSEDiff issue 34"),
     (REALSR_CROP, DREALSR_CROP, DIV2K_CROP), Colour("adain"), True, None,
-    (_psnr(0, "0.1.10"), _ssim(0, "0.1.10"), _fr("lpips", "lpips", "0.1.10", 1e-3), _fr("dists", "dists", "0.1.10", 1e-3),
+    (_psnr(0, "0.1.10"), _ssim(0, "0.1.10"), _fr("lpips", "lpips", "0.1.10", 1e-3),
+     _fr("dists", "dists", "0.1.10", 1e-3),
      _nr("clipiqa", "clipiqa", "0.1.10", 5e-3), _nr("niqe", "niqe", "0.1.10", .02, higher=False),
      _nr("musiq", "musiq", "0.1.10", .05), _nr("maniqa", "maniqa-pipal", "0.1.10", None, _SEEDS)),
     mean_over_pictures, "sorted order", (*_FAMILY, *_BICUBIC, *_SEESR_ROWS),
@@ -416,7 +412,8 @@ RESSHIFT = Protocol("resshift", "the ResShift family: ImageNet-Test, whole RealS
      _nr("musiq", "musiq", note="SinSR scores it under float16 autocast"),
      _nr("niqe", "niqe", "", .02, "in InvSR's script", higher=False), _nr("maniqa", "maniqa", note="in InvSR's script")),
     mean_over_pictures, "name",
-    (*_rows("imagenet", 3000, "SinSR, README", "psnr ssim lpips clipiqa musiq", "SinSR-1 24.7007 .66364 .21882 .60969 53.518"),
+    (*_rows("imagenet", 3000, "SinSR, README", "psnr ssim lpips clipiqa musiq",
+            "SinSR-1 24.7007 .66364 .21882 .60969 53.518"),
      *_rows("realset65", 65, "SinSR, README", "clipiqa musiq", "SinSR-1 .72046 62.253"), *_REAL_FULL),
     ("ImageNet-Test cannot be made again by the published script",
      "which LPIPS the ResShift paper's .237 is, AlexNet or VGG, is not said",
@@ -717,7 +714,8 @@ def find_pictures(
             remarks.append(f"{s.name}: {len(pictures)} pictures, the published set has {s.n}: means are not comparable")
         remarks += _hashes(s, pictures)
         found += pictures
-    if bad: raise ValueError(f"{data}: {len(bad)} files cannot be used: " + "; ".join(bad[:5]) + (" …" if bad[5:] else ""))
+    if bad:
+        raise ValueError(f"{data}: {len(bad)} files cannot be used: {'; '.join(bad[:5])}{' …' if bad[5:] else ''}")
     if not found: raise ValueError(f"{data}: no set of {protocol.name} is there. " + " ".join(remarks))
     return found, remarks
 

@@ -210,10 +210,12 @@ def test_every_field_of_a_measure_counts():
         if k != "kind": assert describe(p) != describe(replace(OURS, measures=(PSNR,))), k
     variants = {m.variant for p in constants(Protocol).values() for m in p.measures}
     assert len({m.metric() for p in constants(Protocol).values() for m in p.measures}) == len(variants)
-    assert replace(PSNR, package="pyiqa", channel=None).variant != PSNR.variant
+    assert replace(PSNR, package="pyiqa", channel=None, dtype="float32").variant != PSNR.variant
     with pytest.raises(ValueError, match="package must be"): replace(PSNR, package="piq")
     with pytest.raises(ValueError, match="choose their channel themselves"): replace(PSNR, package="pyiqa")
     with pytest.raises(ValueError, match="dtype must be float32 or float64"): replace(PSNR, dtype="float16")
+    for wrong in (dict(id="psnt"), dict(channel=None), dict(options=(("epsilon", 1e-8),))):
+        with pytest.raises(ValueError, match="no function 'psnt'|cannot be called like this"): replace(PSNR, **wrong)
     for o in (-1, True, 4.): # a number of pixels
         with pytest.raises(ValueError, match="border must be"): replace(PSNR, border=o)
 
