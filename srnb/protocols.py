@@ -268,7 +268,8 @@ def _published_lines(rows:Sequence[Published])->list[str]: # a head for rows of 
     for o in rows:
         head = (f"published: {o.set}, n = {o.n or 'unknown'} ({o.source}{'; ' + o.note if o.note else ''}): "
                 + " ".join(k for k, _ in o.values))
-        lines += [head]*(head != last) + ["  " + " ".join([f"{o.method:14}", *(f"{v:<8g}" for _, v in o.values)]).rstrip()]
+        if head != last: lines.append(head)
+        lines.append(f"  {o.method:14} {' '.join(f'{v:<8g}' for _, v in o.values)}".rstrip())
         last = head
     return lines
 
