@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'to_floats', 'bicubic', 'read_image', 'to_pil', 'part_start', 'take_away_parts', 'replace_file',
-           'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table', 'versions',
-           'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'read_blind', 'in_words']
+           'to_bytes', 'to_floats', 'bicubic', 'decode_image', 'read_image', 'to_pil', 'part_start', 'take_away_parts',
+           'replace_file', 'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table',
+           'versions', 'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'read_blind',
+           'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -141,13 +143,33 @@ def bicubic(
     return quantize(F.interpolate(images, size=tuple(size), mode="bicubic", antialias=True, align_corners=False))
 
 # %% ../nbs/00_core.ipynb #00-core-029
-def _bits(im:Image.Image, path:Path)->int: # bits per channel that the file holds
-    if im.format == "PNG":
-        with open(path, "rb") as f: return f.read(26)[24]
+def _bits(im:Image.Image, data:bytes)->int: # bits per channel that the file holds
+    if im.format == "PNG": return data[24]
     if im.format == "TIFF":
         bits = im.tag_v2.get(258, (8,))
         return max(bits) if isinstance(bits, tuple) else int(bits)
     return 16 if im.mode.startswith(("I", "F")) else 8
+
+def decode_image(
+    data:bytes, # of a PNG, JPEG, WebP, BMP or TIFF file with 8 bits a channel
+    name:str,   # how the caller calls the file
+)->Tensor:      # (3,H,W), [0, 1], float32
+    "Read the bytes of an image file as sRGB; ValueError says which file, what is wrong and what to do"
+    try:
+        with Image.open(BytesIO(data)) as im:
+            if _bits(im, data) > 8 or im.mode.startswith(("I", "F")):
+                raise ValueError(f"{name}: more than 8 bits a channel; convert it to 8-bit sRGB first")
+            if im.mode in ("CMYK", "LAB", "YCbCr") and im.format != "JPEG" or im.mode == "CMYK":
+                raise ValueError(f"{name}: colour mode {im.mode}; convert it to sRGB first")
+            im = ImageOps.exif_transpose(im)
+            if im.has_transparency_data:
+                alpha = np.asarray(im.convert("RGBA"))[..., 3]
+                if alpha.min() < 255:
+                    raise ValueError(f"{name}: has transparent pixels; flatten it onto a background first")
+            rgb = np.array(im.convert("RGB"))
+    except UnidentifiedImageError: raise ValueError(f"{name}: not an image that Pillow can read") from None
+    except (OSError, SyntaxError) as e: raise ValueError(f"{name}: unreadable or truncated image ({e})") from e
+    return torch.from_numpy(rgb).permute(2, 0, 1).float().div(255)
 
 def read_image(
     path:str|Path, # PNG, JPEG, WebP, BMP or TIFF with 8 bits a channel
@@ -155,21 +177,9 @@ def read_image(
     "Read an image file as sRGB; ValueError says which file, what is wrong and what to do"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no image file at {path}")
-    try:
-        with Image.open(path) as im:
-            if _bits(im, path) > 8 or im.mode.startswith(("I", "F")):
-                raise ValueError(f"{path}: more than 8 bits a channel; convert it to 8-bit sRGB first")
-            if im.mode in ("CMYK", "LAB", "YCbCr") and im.format != "JPEG" or im.mode == "CMYK":
-                raise ValueError(f"{path}: colour mode {im.mode}; convert it to sRGB first")
-            im = ImageOps.exif_transpose(im)
-            if im.has_transparency_data:
-                alpha = np.asarray(im.convert("RGBA"))[..., 3]
-                if alpha.min() < 255:
-                    raise ValueError(f"{path}: has transparent pixels; flatten it onto a background first")
-            rgb = np.array(im.convert("RGB"))
-    except UnidentifiedImageError: raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError) as e: raise ValueError(f"{path}: unreadable or truncated image ({e})") from e
-    return torch.from_numpy(rgb).permute(2, 0, 1).float().div(255)
+    try: data = path.read_bytes()
+    except OSError as e: raise ValueError(f"{path}: unreadable or truncated image ({e})") from e
+    return decode_image(data, str(path))
 
 # %% ../nbs/00_core.ipynb #00-core-030
 def to_pil(
