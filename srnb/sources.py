@@ -147,11 +147,10 @@ def files_for(
     key, by_key = {pair_key(i): i for i in ids}, {}
     for n, r in there.items(): by_key.setdefault(pair_key(PurePosixPath(n).stem), []).append((n, r))
     if twice := [[n for n, _ in o] for k, o in by_key.items() if k in key and len(o) > 1]:
-        found.wrong.append(f"{len(twice)} pictures have several files each, such as {listed(twice[0])}; name the "
-                           "folder that holds one of each")
+        found.wrong.append(f"several files for one picture ({len(twice)} of {len(ids)}), such as {listed(twice[0])}; "
+                           "name the folder that holds one of each")
     if extra := [n for k, o in by_key.items() if k not in key for n, _ in o]:
-        found.remarks.append(f"{len(extra)} of its files belong to no picture of {set} and are left out: "
-                             f"{listed(extra)}")
+        found.remarks.append(f"extra ({len(extra)}), of no picture of {set}, left out: {listed(extra)}")
     return {key[k]: o[0] for k, o in by_key.items() if k in key and len(o) == 1}
 
 # %% ../nbs/50_sources.ipynb #50-sources-013
@@ -194,7 +193,8 @@ def look_through(
             if colour := colours_of(data): colours[name] = colour
             sr = opened(data) if colour else decode_image(data, name)
         except Exception as e: # every reader fails in its own way
-            found.absent[p.id] = f"{name} is damaged ({' '.join(str(e).split())[:80] or type(e).__name__})"
+            why = " ".join(str(e).split()).removeprefix(f"{name}: ")[:80] or type(e).__name__
+            found.absent[p.id] = f"{name} ({why})"
             continue
         lq, size = p.read_lq(), tuple(sr.shape[1:])
         inputs = inputs and size == tuple(lq.shape[1:]) and torch.equal(sr, lq)
@@ -207,13 +207,13 @@ def look_through(
     found.read, found.sha = {k: r for k, (r, _) in kept.items()}, {k: s for k, (_, s) in kept.items()}
     if inputs and kept: found.wrong.append("its pictures are the inputs themselves; name the folder of outputs")
     elif sizes:
-        found.wrong.append(f"{len(sizes)} of {len(pictures)} pictures have a wrong size, an output has {scale} times "
-                           f"that of its input: {listed(sizes.values(), 3)}; make them again")
+        found.wrong.append(f"wrong size ({len(sizes)} of {len(pictures)}; an output must have {scale} times the size "
+                           f"of its input): {listed(sizes.values(), 3)}; make these again")
     if truth and kept: found.wrong.append("its pictures are the ground truth itself; name the folder of outputs")
     if colours:
         rows = [f"{n} ({o})" for n, o in colours.items()]
-        found.wrong.append(f"{len(rows)} pictures are not 8-bit RGB: {listed(rows)}; convert them, as the method's own "
-                           "script would")
+        found.wrong.append(f"not 8-bit RGB ({len(rows)} of {len(pictures)}): {listed(rows)}; convert these as the "
+                           "method's own script would")
     for same in pixels.values():
         if len(same) > 1 and len({p.sha256["lq"] for p in same}) > 1:
             found.wrong.append(f"{len(same)} inputs have one and the same output: {listed(p.id for p in same)}; it "
@@ -227,11 +227,11 @@ def _say_absent(found:Found, n:int, common:bool)->None: # what becomes of pictur
     if len(gone) == n: found.wrong.append(f"none of its files carries the name of one of {n} pictures, such as "
                                           f"{sorted(gone)[0]}; files are matched by name")
     elif gone or damaged:
-        said = [*([f"{len(gone)} of {n} pictures are missing: {listed(gone)}"] if gone else []),
-                *([f"{len(damaged)} cannot be read: {listed(damaged, 3)}"] if damaged else [])]
+        said = [*([f"missing ({len(gone)} of {n}): {listed(gone)}"] if gone else []),
+                *([f"damaged ({len(damaged)} of {n}): {listed(damaged, 3)}"] if damaged else [])]
         (found.remarks if common else found.wrong).append(
-            "; ".join(said) + ("; they are left out of all sources" if common else
-                               "; bring them, or compare what all sources have by --common"))
+            "; ".join(said) + ("; left out of all sources" if common else
+                               "; bring these, or compare what all sources have by --common"))
 
 # %% ../nbs/50_sources.ipynb #50-sources-018
 @torch.no_grad()
