@@ -1,12 +1,17 @@
-"""Golden numbers of room 24, under `srnb/golden`. `golden.py osediff FOLDER` reads the pictures and the log of OSEDiff's
-authors and writes digests and logged numbers; no picture enters the repository."""
+"""Golden numbers of room 24, under `srnb/golden`. `golden.py osediff FOLDER` reads the pictures and log of OSEDiff's
+authors and writes digests and logged numbers; no picture enters the repository. `golden.py drawn` computes the numbers
+of the drawn pictures with NumPy and SciPy, without any function of srnb; it fails if pyiqa disagrees."""
 import argparse
 import csv
 import hashlib
 import json
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import correlate1d
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/"srnb/golden"
@@ -16,7 +21,7 @@ PARTS = ("lq", "gt", "osediff") # folders of the archive, in the order of a row
 def write(
     name:str,   # of the file
     about:dict, # what stands above the rows
-    rows:dict,  # group -> key -> list
+    rows:dict,  # group -> key -> value
 )->Path:
     "One line a row, so that a change can be read"
     def group(o): return ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(o.items()))
@@ -46,15 +51,59 @@ def osediff(
                  covers="50 of 100 pictures of realsr, 47 of 93 of drealsr: those that we have had in hand",
                  row=["SHA-256 of the low-quality file", "of the ground truth", "of OSEDiff's output", *columns],
                  variants=[variants[c] for c in columns])
-    return write("osediff", about, rows)
+    return write("osediff", about, {k: v for k, v in rows.items() if v})
+
+
+def luma(x): # (3,H,W) uint8 -> (H,W) float64, 16 to 235
+    r, g, b = x.astype(np.float64)/255
+    return 65.481*r + 128.553*g + 24.966*b + 16
+
+def cut(x, border): return x[border:x.shape[0]-border, border:x.shape[1]-border]
+
+def psnr(sr, gt, border):
+    mse = np.mean(np.square(cut(luma(sr), border) - cut(luma(gt), border)))/255**2
+    return 10*np.log10(1/(mse + 1e-8))
+
+def ssim(sr, gt, border):
+    a, b = (np.round(cut(luma(o), border)) for o in (sr, gt))
+    taps = np.exp(-np.arange(-5, 6)**2/(2*1.5**2))
+    taps /= taps.sum()
+    def mean(x): return cut(correlate1d(correlate1d(x, taps, 0), taps, 1), 5)
+    c1, c2, p, q = (.01*255)**2, (.03*255)**2, mean(a), mean(b)
+    spread = mean(a*a) - p*p + mean(b*b) - q*q
+    structure = np.maximum((2*(mean(a*b) - p*q) + c2)/(spread + c2), 0) # pyiqa's own floor
+    return float(np.mean((2*p*q + c1)/(p*p + q*q + c1)*structure))
+
+
+def drawn()->Path:
+    import pyiqa
+    import torch
+
+    from srnb.protocols import OSEDIFF, SEESR, drawn_pairs
+    pairs = {k: tuple(o.numpy() for o in v) for k, v in drawn_pairs().items()}
+    def theirs(id, **options):
+        model = pyiqa.create_metric(id, device=torch.device("cpu"), **options)
+        def one(sr, gt): return float(model(*(torch.from_numpy(o)[None].double()/255 for o in (sr, gt))))
+        return {k: one(*v) for k, v in pairs.items()}
+    rows, by, numbers = {}, {}, f"NumPy {version('numpy')}, SciPy {version('scipy')}"
+    for protocol in (OSEDIFF, SEESR):
+        for m in protocol.measures[:2]:
+            ours = {k: float((psnr if m.name == "psnr" else ssim)(*v, m.border)) for k, v in pairs.items()}
+            other = theirs(m.name, test_y_channel=True, color_space="ycbcr", crop_border=m.border)
+            far = max(abs(ours[k] - other[k]) for k in pairs)
+            print(f"{m.variant}: pyiqa {version('pyiqa')} differs by {far:.1g} at most")
+            if not far <= m.tolerance/2: raise SystemExit(f"{m.variant}: by hand {ours}, by pyiqa {other}")
+            rows[m.variant], by[m.variant] = ours, numbers
+    return write("drawn", dict(made_by=by, digests={
+        k: [hashlib.sha256(o.tobytes()).hexdigest() for o in v] for k, v in pairs.items()}), rows)
 
 
 def main()->int:
     a = argparse.ArgumentParser(description=__doc__)
-    a.add_argument("what", choices=["osediff"])
+    a.add_argument("what", choices=["osediff", "drawn"])
     a.add_argument("folder", type=Path, nargs="?", help="of the pictures and the log")
     a = a.parse_args()
-    path = osediff(a.folder)
+    path = drawn() if a.what == "drawn" else osediff(a.folder)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
     return 0
 

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.request
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from srnb import rewards as R
 from srnb.core import generator, quantize
@@ -200,8 +202,96 @@ def test_psnr_and_ssim_against_pyiqa_and_skimage(group):
     y, y_gt = R.luma(sr)[:, 0, 4:-4, 4:-4].numpy(), R.luma(gt[None])[0, 0, 4:-4, 4:-4].numpy()
     wang = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
     ssim = [structural_similarity(o, y_gt, **wang) for o in y]
-    np.testing.assert_allclose(R.ssim_y(sr, gt), ssim, atol=1e-9)
-    assert R.psnr_y(gt[None], gt).tolist() == [80.] and R.luma(torch.ones(1, 3, 1, 1)).item() == pytest.approx(235)
+    np.testing.assert_allclose(R.ssim_y(sr, gt, border=4), ssim, atol=1e-9)
+    assert R.psnr_y(gt[None], gt, border=4).tolist() == [80.]
+    assert R.luma(torch.ones(1, 3, 1, 1)).item() == pytest.approx(235)
+
+
+def test_a_border_has_no_default(group):
+    gt, sr = group
+    for f in (R.psnr_y, R.ssim_y, R.lsd):
+        with pytest.raises(TypeError, match="border"): f(sr, gt)
+    for f in (R.psnr, R.ssim):
+        with pytest.raises(TypeError, match="border.*channel"): f(sr, gt)
+        for border in (-1, 32, 2.): # 32 leaves no pixel of 64
+            with pytest.raises(ValueError, match=f"a border of {border}; a border is"): f(sr, gt, border, R.rgb)
+
+
+def test_the_named_constants_keep_their_border_of_4_bit_for_bit(group):
+    gt, sr = group
+    for metric, f in ((R.PSNR_Y, R.psnr_y), (R.SSIM_Y, R.ssim_y), (R.LSD, R.lsd)):
+        assert torch.equal(R.score(metric, sr, gt), f(sr, gt, border=4))
+    known = { # as of the records, before there were other borders
+        "psnr_y": [44.809392335420135, 25.1272653806701],
+        "ssim_y": [0.9930731690848197, 0.6478894330411075], "lsd": [12.213251817957405, 27.582159799812015]}
+    for m in (R.PSNR_Y, R.SSIM_Y, R.LSD):
+        np.testing.assert_allclose(R.score(m, sr, gt)[[0, -1]], known[m.name], rtol=1e-12)
+
+
+SPACES = {"studio": (dict(test_y_channel=True, color_space="ycbcr"), R.luma_studio, R.luma_studio_whole),
+          "yiq": (dict(test_y_channel=True), R.luma_yiq, R.luma_yiq_whole),
+          "rgb": (dict(test_y_channel=False), R.rgb, R.rgb)}
+
+@pytest.mark.parametrize("border", [0, 4])
+@pytest.mark.parametrize("space", SPACES)
+def test_psnr_and_ssim_are_pyiqas(group, space, border):
+    import pyiqa
+    gt, sr = group
+    sr = torch.cat([sr, 1-gt[None], gt[None]]) # the last two: against the photograph, and the same
+    options, plain, whole = SPACES[space]
+    def theirs(name):
+        return pyiqa.create_metric(name, device="cpu", crop_border=border, **options)(sr, gt.expand_as(sr))
+    torch.testing.assert_close(R.psnr(sr, gt, border, plain), theirs("psnr").double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(R.ssim(sr, gt, border, whole), theirs("ssim").double(),
+                               atol=1e-4 if space == "yiq" else 1e-5, rtol=0) # YIQ has ties, which float32 breaks
+    wrong = R.ssim(sr, gt, border, R.luma_yiq_whole if space == "studio" else R.luma_studio_whole)
+    assert (wrong - theirs("ssim")).abs().max() > 1e-3
+
+
+def test_scores_of_floats_are_not_rounded_to_8_bit(group):
+    gt, sr = group
+    sr = (sr + .3/255).clamp(0, 1)
+    rounded = R.psnr(quantize(sr), gt, 0, R.luma_studio)
+    assert (R.psnr(sr, gt, 0, R.luma_studio) - rounded).abs().max() > 1e-2
+    torch.testing.assert_close(R.psnr_y(sr, gt, border=0), rounded, atol=2e-3, rtol=0) # this one rounds itself
+
+
+# the answer sheet: 97 pictures whose values OSEDiff's authors logged
+
+@pytest.fixture(scope="module")
+def logged(root):
+    "(set, row of the log, sr (1,3,H,W), gt (3,H,W)) of one picture after another; nothing is extracted"
+    folder = root.parent/"shared/bench"
+    if not (folder/"osediff_log.csv").is_file(): pytest.skip(f"the logged pictures are not at hand ({folder})")
+    rows = pd.read_csv(folder/"osediff_log.csv")
+    def read(tar, row, kind):
+        with Image.open(tar.extractfile(f"{row.set}/{kind}/{row.file}")) as im:
+            return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/255
+    def pictures(step):
+        with tarfile.open(folder/"osediff_half.tar") as tar:
+            for row in rows[::step].itertuples(): yield row, read(tar, row, "osediff")[None], read(tar, row, "gt")
+    assert len(rows) == 97
+    return pictures
+
+
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_psnr_and_ssim_of_the_logged_pictures(logged, step):
+    for row, sr, gt in logged(step):
+        assert R.psnr(sr, gt, 0, R.luma_studio).item() == pytest.approx(row.psnr, abs=1e-4), row.file
+        assert R.ssim(sr, gt, 0, R.luma_studio_whole).item() == pytest.approx(row.ssim, abs=1e-5), row.file
+
+
+def test_each_other_choice_misses_the_logged_pictures(logged):
+    misses = {}
+    for row, sr, gt in logged(16):
+        wrong = dict(p_border=R.psnr(sr, gt, 4, R.luma_studio), p_rounded=R.psnr(sr, gt, 0, R.luma_studio_whole),
+                     p_yiq=R.psnr(sr, gt, 0, R.luma_yiq), p_rgb=R.psnr(sr, gt, 0, R.rgb),
+                     s_border=R.ssim(sr, gt, 4, R.luma_studio_whole), s_plain=R.ssim(sr, gt, 0, R.luma_studio),
+                     s_yiq=R.ssim(sr, gt, 0, R.luma_yiq_whole), s_rgb=R.ssim(sr, gt, 0, R.rgb))
+        for k, v in wrong.items():
+            off = abs(v.item() - (row.psnr if k[0] == "p" else row.ssim))
+            misses[k] = max(misses.get(k, 0), off/(1e-4 if k[0] == "p" else 1e-5))
+    assert len(misses) == 8 and min(misses.values()) > 2, misses
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
