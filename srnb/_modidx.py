@@ -471,7 +471,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.judge._lined': ('judge.html#_lined', 'srnb/judge.py'),
                             'srnb.judge._named': ('judge.html#_named', 'srnb/judge.py'),
                             'srnb.judge._number': ('judge.html#_number', 'srnb/judge.py'),
-                            'srnb.judge._reason': ('judge.html#_reason', 'srnb/judge.py'),
                             'srnb.judge._record': ('judge.html#_record', 'srnb/judge.py'),
                             'srnb.judge._short': ('judge.html#_short', 'srnb/judge.py'),
                             'srnb.judge._slug': ('judge.html#_slug', 'srnb/judge.py'),

@@ -403,7 +403,7 @@ def split_sources(
                 raise Usage(f"{w}: a command needs {lost[0]}, which stands for the folder that it "
                             f"{'reads' if lost[0] == '{lq}' else 'writes'}")
             with _blaming(w): parts = shlex.split(rest.removeprefix("cmd:"))
-            name = name or next((PurePath(o).stem for o in parts if os.path.isfile(o)), PurePath(parts[0]).name)
+            name = name or PurePath(next((o for o in parts[1:] if os.path.isfile(o)), parts[0])).stem # of the script
         parts = [o for o in PurePath(rest).parts if "{set}" not in o]
         name = name or (parts[-1] if parts else rest)
         if name in found:
@@ -498,7 +498,7 @@ def run_bench(
     return 0
 
 # %% ../nbs/62_command.ipynb #62-command-019
-COMMANDS = run_upscale, run_train, run_plan, run_bench # what follows `run_` is the name; the docstring is what help says
+COMMANDS = run_upscale, run_train, run_plan, run_bench # name after `run_`; the docstring is help
 
 @contextmanager
 def terminated_as_interrupted()->Iterator[None]:

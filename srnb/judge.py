@@ -34,9 +34,9 @@ from .data import make_pair
 from .degrade import Degradation
 from .look import data_uri
 from .metrics import interval
-from .protocols import (Measure, Picture, Protocol, TestSet, find_pictures, mean_over_pictures, pair_key,
-                            score_picture)
-from .rewards import Metric, MetricUnavailable, check_available, score_group, scorer_of
+from .protocols import (Measure, Picture, Protocol, TestSet, find_pictures, mean_over_pictures,
+                            missing_measures, pair_key, score_picture)
+from .rewards import Metric, check_available, score_group
 from .sources import (Command, Folder, Found, Model, Source, check_model, command_identity, files_for, listed,
                           look_through, plain_model, run_program, written)
 
@@ -67,10 +67,6 @@ class Unfit(ValueError):
         self.lines = list(lines)
         super().__init__("\n".join(self.lines))
 
-def _reason(e:BaseException)->str: # one line
-    why = e.__cause__ or e
-    return f"{type(why).__name__}: {' '.join(str(why).split())}"[:180].rstrip(".")
-
 def measures_here(
     protocol:Protocol,
     chosen:Sequence[str]|None=None, # names of measures; None: all
@@ -79,12 +75,10 @@ def measures_here(
     known = {m.name: m for m in protocol.measures}
     if odd := [o for o in chosen or () if o not in known]:
         raise ValueError(f"protocol {protocol.name} has no measure {odd[0]!r}; {nearest(odd[0], known)}")
-    here, lacking = [], {}
-    for m in protocol.measures if chosen is None else [known[o] for o in chosen]:
-        try: scorer_of(m.metric())
-        except MetricUnavailable as e: lacking[m.name] = _reason(e)
-        else: here.append(m)
-    return here, lacking
+    wanted = protocol.measures if chosen is None else [known[o] for o in chosen]
+    lacking = {n: " ".join(o.partition("Failed with ")[2].partition(" Its weights")[0].split()) or o
+               for n, o in missing_measures(wanted).items()} # one sentence of several
+    return [m for m in wanted if m.name not in lacking], lacking
 
 # %% ../nbs/52_judge.ipynb #52-judge-015
 @dataclass
@@ -111,7 +105,8 @@ class Entry:
 
     def look(self, name:str, set:str, files:dict, found:Found, common:bool)->None:
         "Look through the files of a source"
-        look_through(files, self.sets[set], self.protocol.scale, found, common)
+        crop = self.protocol.crop
+        look_through(files, self.sets[set], self.protocol.scale, found, common, crop and crop.__name__)
         self.found[name, set] = found
         self.wrong += [f"{name}, {set}: {o}" for o in found.wrong]
         self.remarks += [f"{name}, {set}: {o}" for o in found.remarks]
@@ -161,9 +156,10 @@ def entered(
     "Look through everything that is to be compared; Unfit says all that is wrong with it"
     entry = Entry(protocol, _named(sources, baseline, protocol.scale), {}, [], Path(out), device)
     entry.measures, lacking = measures_here(protocol, measures)
-    lines = [f"measure {n} cannot be computed here: {why}" for n, why in lacking.items()]
-    if available: entry.remarks += [f"{o}; it is left out" for o in lines]
-    else: entry.wrong += [f"{o}; --available leaves out what cannot be" for o in lines]
+    for n, why in lacking.items():
+        said = f"measure {n} cannot be computed here: {why.rstrip('.')}"
+        if available: entry.remarks.append(f"{said}; it is left out")
+        else: entry.wrong.append(f"{said}; --available leaves it out")
     if not entry.measures: entry.wrong.append(f"no measure of {protocol.name} can be computed here")
     pictures, remarks = find_pictures(protocol, data, sets)
     entry.remarks += remarks
@@ -245,7 +241,7 @@ def read_output(
     lq = p.read_lq()
     with torch.no_grad(): sr = check_images(entry.sources[name].answer(lq[None], seed).cpu(), name)[0]
     want = tuple(entry.protocol.scale*n for n in lq.shape[1:])
-    if sr.shape[1:] != want:
+    if tuple(sr.shape[1:]) != want:
         raise ValueError(f"{name} makes {sr.shape[2]}×{sr.shape[1]} of {p.set}/{p.id}, must make {want[1]}×{want[0]}")
     if name != "bicubic": write_image(kept_output(entry, name, p, seed), sr)
     return sr

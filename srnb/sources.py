@@ -179,6 +179,7 @@ def look_through(
     scale:int,
     found:Found,
     common:bool=False, # whether pictures may be missing
+    rule:str|None=None, # name of the function that brings outputs of another size to the truth's; None: there is none
 )->Found:
     "Read every output once and say everything that is wrong"
     sizes, colours, pixels, kept = {}, {}, {}, {}
@@ -207,8 +208,10 @@ def look_through(
     found.read, found.sha = {k: r for k, (r, _) in kept.items()}, {k: s for k, (_, s) in kept.items()}
     if inputs and kept: found.wrong.append("its pictures are the inputs themselves; name the folder of outputs")
     elif sizes:
-        found.wrong.append(f"wrong size ({len(sizes)} of {len(pictures)}; an output must have {scale} times the size "
-                           f"of its input): {listed(sizes.values(), 3)}; make these again")
+        said = (f"wrong size ({len(sizes)} of {len(pictures)}; an output must have {scale} times the size of its "
+                f"input): {listed(sizes.values(), 3)}")
+        if rule: found.remarks.append(f"{said}; the protocol has a rule for that, {rule}")
+        else: found.wrong.append(f"{said}; make these again")
     if truth and kept: found.wrong.append("its pictures are the ground truth itself; name the folder of outputs")
     if colours:
         rows = [f"{n} ({o})" for n, o in colours.items()]
