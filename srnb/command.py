@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Usage', 'plain', 'tell', 'reason', 'find_inputs', 'find_outputs', 'read_seeds', 'upscale_parser',
-           'check_args', 'run_upscale', 'run_train', 'run_plan', 'terminated_as_interrupted', 'run_command', 'main']
+           'check_args', 'run_upscale', 'run_train', 'run_plan', 'bench_parser', 'split_sources', 'check_bench',
+           'run_bench', 'terminated_as_interrupted', 'run_command', 'main']
 
 # %% ../nbs/62_command.ipynb #62-command-003
 import argparse
+import difflib
 import glob
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -18,9 +22,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from . import __version__
 from .files import PICTURES, SAVES, files_below
@@ -135,6 +139,28 @@ def read_seeds(text:str)->list[int]: # of the command line
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
 
+def _add_sampling(p:argparse.ArgumentParser, fix:str)->None: # what every command takes that samples
+    p.add_argument("--steps", type=int, metavar="N", help="of the sampler; what the model says if not given")
+    p.add_argument("--sampler", choices=("ddim", "ab2", "ddpm"),
+        help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for "
+             "FLUX")
+    p.add_argument("--color-fix", choices=("auto", "adain", "wavelet", "none"),
+        help=f"give back the colours of the input; {fix}")
+    p.add_argument("--color-strength", type=float, metavar="X", help="share of the colour fix, 0 to 1 (1)")
+    p.add_argument("--color-linear", action="store_true", help="fix colours in linear light")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the arithmetic")
+    p.add_argument("--device",
+        help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
+
+def _add_backbone(p:argparse.ArgumentParser)->None:
+    more = p.add_argument_group("for a backbone")
+    more.add_argument("--control", metavar="FOLDER|FILE",
+        help="control branch, which reads the input; --adapter RUN knows that of its run")
+    more.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
+    more.add_argument("--guidance", type=float, metavar="X", help="3.5 for Stable Diffusion, 2.5 for FLUX")
+    more.add_argument("--tile-vae", action="store_true", help="encode and decode in tiles, which takes less memory")
+
 def upscale_parser()->argparse.ArgumentParser:
     "What `srnb upscale` takes"
     p = argparse.ArgumentParser("srnb upscale", description="Upscale images four times", allow_abbrev=False,
@@ -153,34 +179,19 @@ def upscale_parser()->argparse.ArgumentParser:
         help="largest side of a tile in input pixels; by size and memory if not given")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
         help="of the noise (0); the same seed gives the same image, several give several files")
-    p.add_argument("--steps", type=int, metavar="N", help="of the sampler; what the model says if not given")
-    p.add_argument("--sampler", choices=("ddim", "ab2", "ddpm"),
-        help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for "
-             "FLUX")
-    p.add_argument("--color-fix", choices=("auto", "adain", "wavelet", "none"),
-        help="give back the colours of the input; as an adapter's run says, or auto: adain for a backbone, else none")
-    p.add_argument("--color-strength", type=float, metavar="X", help="share of the colour fix, 0 to 1 (1)")
-    p.add_argument("--color-linear", action="store_true", help="fix colours in linear light")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of the arithmetic")
-    p.add_argument("--device",
-        help="such as cpu or cuda; a GPU for a backbone, if there is one, otherwise the processor")
+    _add_sampling(p, "as an adapter's run says, or auto: adain for a backbone, else none")
     there = p.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace outputs that exist")
     there.add_argument("--skip", action="store_true", help="leave an output that exists, as those of a folder are")
-    more = p.add_argument_group("for a backbone")
-    more.add_argument("--control", metavar="FOLDER|FILE",
-        help="control branch, which reads the input; --adapter RUN knows that of its run")
-    more.add_argument("--prompt", default="", metavar="TEXT", help="what the image shows")
-    more.add_argument("--guidance", type=float, metavar="X", help="3.5 for Stable Diffusion, 2.5 for FLUX")
-    more.add_argument("--tile-vae", action="store_true", help="encode and decode in tiles, which takes less memory")
+    _add_backbone(p)
     return p
 
 def check_args(
     args:argparse.Namespace, # from `upscale_parser`
 )->None:
     "Usage for values that no model takes"
-    if not args.out or "\0" in args.out: raise Usage("the name of the output is empty, or holds a null character")
+    if args.out is not None and (not args.out or "\0" in args.out):
+        raise Usage("the name of the output is empty, or holds a null character")
     if args.tile is not None and args.tile < 64: raise Usage(f"--tile must be at least 64, got {args.tile}")
     if odd := [o for o in args.seed if not 0 <= o < 2**63]: raise Usage(f"--seed must lie in [0, 2**63), got {odd[0]}")
     if len(set(args.seed)) < len(args.seed): raise Usage("--seed names a seed twice")
@@ -341,8 +352,153 @@ def run_plan(
     print(said)
     return 0
 
+# %% ../nbs/62_command.ipynb #62-command-b02
+_PROTOCOLS = "osediff", "seesr", "resshift", "ctmsr", "asasr", "dp2o" # room 24 has them
+
+def bench_parser()->argparse.ArgumentParser:
+    "What `srnb bench` takes"
+    p = argparse.ArgumentParser("srnb bench", allow_abbrev=False,
+        description="Compare outputs, networks and programs on a protocol; bicubic interpolation always stands beside "
+                    "them. Without a protocol: list them. Without sources: say what the protocol holds.",
+        epilog="Exit codes: 0 all done, or every golden number that could be computed holds; 1 something is wrong with "
+               "the pictures, or a number has drifted; 2 wrong usage; 130 interrupted, and the same call goes on.")
+    p.add_argument("protocol", nargs="?", metavar="PROTOCOL", help=f"{', '.join(_PROTOCOLS)}, or path/to/file.py:NAME")
+    p.add_argument("sources", nargs="*", metavar="[NAME=]SOURCE",
+        help="folder, .tar or .zip of outputs ({set} stands for a set's name); policy as of srnb upscale --model, or "
+             "the folder of a run that trained an adapter; .pth or .safetensors file; bicubic, real_esrgan, dat_light; "
+             "or cmd:LINE, a program with {lq} and {sr} for its folders")
+    p.add_argument("--data", metavar="FOLDER",
+        help="folder or archive with the protocol's pictures; nothing is fetched")
+    p.add_argument("-o", "--out", metavar="OUT", help="folder for tables, crops and records; a finished picture in it "
+                   "is not done again")
+    p.add_argument("--check", action="store_true", help="compute the protocol's golden numbers, and those of the known "
+                   "outputs in --data, and name what has drifted")
+    p.add_argument("--sets", type=_names, metavar="A[,B...]", help="of the protocol; all that are there")
+    p.add_argument("--measures", type=_names, metavar="A[,B...]", help="of the protocol; all of them")
+    p.add_argument("--available", action="store_true", help="leave out, by name, measures that cannot be computed here")
+    p.add_argument("--common", action="store_true", help="compare the pictures that all sources have")
+    p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
+        help="of policies (0); several are averaged within each picture")
+    p.add_argument("--baseline", default="bicubic", metavar="NAME", help="source that the others are compared with")
+    p.add_argument("--by", default="", metavar="MEASURE", help="that chooses the crops shown; the first")
+    p.add_argument("--speed", action="store_true", help="also time, memory, parameters and operations of each network")
+    _add_sampling(p, "as the protocol says")
+    _add_backbone(p)
+    return p
+
+def _names(text:str)->list[str]: return [o for o in text.split(",") if o]
+
+def split_sources(
+    words:Sequence[str], # of the command line
+)->dict[str, str]:       # name -> what it stands for
+    "Names of sources; Usage where two are equal"
+    found = {}
+    for w in words:
+        name, is_, rest = w.partition("=")
+        path = w.startswith("cmd:") or os.path.lexists(w) or not re.fullmatch(r"[^/\\:{}]+", name) # may hold a =
+        if path or not is_: name, rest = "", w
+        if not rest: raise Usage(f"{w}: no source behind the =")
+        if rest.startswith("cmd:"):
+            if lost := [o for o in ("{lq}", "{sr}") if o not in rest]:
+                raise Usage(f"{w}: a command needs {lost[0]}, which stands for the folder that it "
+                            f"{'reads' if lost[0] == '{lq}' else 'writes'}")
+            with _blaming(w): parts = shlex.split(rest.removeprefix("cmd:"))
+            name = name or PurePath(next((o for o in parts[1:] if os.path.isfile(o)), parts[0])).stem # of the script
+        parts = [o for o in PurePath(rest).parts if "{set}" not in o]
+        name = name or (parts[-1] if parts else rest)
+        if name in found:
+            raise Usage(f"two sources are called {name!r}: {found[name]} and {rest}; name them by NAME=SOURCE")
+        found[name] = rest
+    return found
+
+def check_bench(
+    args:argparse.Namespace, # from `bench_parser`
+)->dict[str, str]:           # name -> source
+    "Usage for what no protocol takes"
+    name, sources = args.protocol, split_sources(args.sources)
+    own = (name or "").rpartition(":")[0].endswith(".py")
+    if name is not None and not own and name not in _PROTOCOLS:
+        close = difflib.get_close_matches(name.lower(), _PROTOCOLS, 1, .5)
+        raise Usage(f"there is no protocol {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}there is "
+                    f"{', '.join(_PROTOCOLS)}, path/to/file.py:NAME")
+    if args.check and name is None: raise Usage("--check needs a protocol")
+    if args.check and sources: raise Usage("--check takes no sources; it reads the known outputs in --data")
+    if sources and args.data is None:
+        raise Usage(f"name the folder of pictures by --data; srnb bench {name} says what it should look like")
+    if sources and args.out is None: raise Usage("name the folder for the results by -o")
+    if args.data is not None and not (sources or args.check): raise Usage("--data needs sources, or --check")
+    if args.data is not None and not os.path.exists(args.data):
+        raise Usage(f"--data {args.data}: no such folder or archive; nothing is downloaded")
+    args.tile = None
+    check_args(args)
+    return sources
+
+# %% ../nbs/62_command.ipynb #62-command-b03
+def _source(word:str, args:argparse.Namespace, protocol): # srnb.sources.Source
+    from srnb.colour import Colour
+    from srnb.config import record, revive
+    from srnb.images import policy_model
+    from srnb.paths import SAMPLERS
+    from srnb.policies import base_of
+    from srnb.sources import source_of
+    given = dict(fix=args.color_fix, strength=args.color_strength, linear=args.color_linear or None)
+    colour = revive(Colour, record(protocol.colour) | {k: v for k, v in given.items() if v is not None})
+    def policy(name):
+        base, _, adapter = name.partition("+") if not os.path.exists(name) else (name, "", "")
+        if not adapter and _holds_adapter(name):
+            base, adapter = base_of(name)[1], name
+            if base is None: raise Usage(f"{word}: it does not say on which base it was trained; write BASE+{name}")
+        line = argparse.Namespace(**vars(args) | dict(model=base, adapter=adapter or None))
+        return policy_model(_policy(line), colour, args.steps, None, SAMPLERS.get(args.sampler), args.prompt)
+    with _blaming(word): return source_of(word, policy)
+
+def _holds_adapter(folder:str)->bool: # and no policy of its own
+    files = ("adapter/adapter_config.json", "adapter_config.json")
+    own = ("policy.json", "policy/policy.json", "model_index.json")
+    return any(os.path.isfile(f"{folder}/{o}") for o in files) and \
+        not any(os.path.isfile(f"{folder}/{o}") for o in own)
+
+def run_bench(
+    argv:Sequence[str], # what follows `srnb bench`
+)->int:                 # exit code
+    "Compare outputs, networks and programs on a protocol of a paper"
+    args = bench_parser().parse_intermixed_args(argv)
+    words = check_bench(args)
+    from srnb.config import constants, from_file, own_file
+    from srnb.protocols import Protocol, check_protocol, check_report, describe
+    known = constants(Protocol)
+    if args.protocol is None:
+        for o in known.values(): print(f"{o.name:10}{o.title}")
+        print("srnb bench PROTOCOL says what one holds and where its pictures are looked for")
+        return 0
+    with _blaming(args.protocol):
+        protocol = from_file(args.protocol, "protocol") if own_file(args.protocol) else known[args.protocol]
+        if not isinstance(protocol, Protocol): raise ValueError(f"a {type(protocol).__name__}, and no Protocol")
+    if args.check:
+        with redirect_stdout(sys.stderr): table = check_protocol(protocol, args.data)
+        print(check_report(table))
+        done = [o for o in table.holds if o is not None and o == o] # NaN stands for None in a table of pandas
+        if not done: tell(f"srnb bench: no golden number of {protocol.name} could be computed here")
+        return 0 if done and all(done) else 1
+    if not words:
+        print(describe(protocol))
+        return 0
+    from srnb.judge import Unfit, bench
+    sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr): # lines about progress
+            bench(protocol, sources, args.out, args.data, args.sets, args.measures, args.available, args.seed,
+                  args.baseline, args.speed, args.device, args.common, args.by, tell,
+                  lambda text: print(text, file=out))
+    except Unfit as e:
+        tell(f"srnb bench: nothing is compared, for {len(e.lines)} reasons and remarks:")
+        for o in e.lines: tell(o)
+        return 1
+    tell(f"{args.out}: table.csv, table.md, metrics.parquet, config.json, crops.html")
+    return 0
+
 # %% ../nbs/62_command.ipynb #62-command-019
-COMMANDS = run_upscale, run_train, run_plan # what follows `run_` is the name; the docstring is what help says
+COMMANDS = run_upscale, run_train, run_plan, run_bench # name after `run_`; the docstring is help
 
 @contextmanager
 def terminated_as_interrupted()->Iterator[None]:

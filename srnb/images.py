@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
            'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'load_model', 'upscale', 'ask_plugin',
-           'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file']
+           'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file', 'policy_model']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
@@ -433,3 +433,23 @@ def upscale_file(
     check_holds(target, work.mode, size)
     save_image(_run(work, policy, seed, tile, colour, steps, 32, say, sampler, prompt), target, force, say)
     return size
+
+# %% ../nbs/61_images.ipynb #61-images-new2
+def policy_model(
+    model:str|Path|Policy="onestep", # what `load_model` reads, or a policy
+    colour:Colour=Colour(),  # noqa: B008  how the input's colours are given back
+    steps:int|None=None,         # sampler steps; None: what the policy says
+    tile:int|None=None,          # as of `upscale`
+    sampler:Callable|None=None,  # as of `upscale`
+    prompt:str="",               # for a backbone
+):                               # srnb.sources.Model
+    "A policy as a source of a benchmark: its outputs are those of `upscale`"
+    from srnb.curation import fingerprint
+    from srnb.sources import Model
+    policy = load_model(model, prompts=[prompt] if prompt else ()) if isinstance(model, str|Path) else model
+    said = dict(steps=steps, tile=tile, prompt=prompt, sampler=getattr(sampler, "__name__", None))
+    said = [f"{k} {v}" for k, v in (said | colour.note(policy.codec)).items() if v]
+    def quiet(line): pass
+    def answer(lq, seed):
+        return upscale(lq, policy, seed, tile, colour, steps=steps, say=quiet, sampler=sampler, prompt=prompt)
+    return Model(answer, ", ".join([f"policy {fingerprint(policy)}", *said]), True, str(policy.device))

@@ -32,7 +32,9 @@ def test_import_is_cheap(root, clean_env):
 
 @pytest.mark.parametrize("line", [
     "--help", "upscale -h", "upscale a.png", "upscale a/x.png b/x.png -o out", "upscal a",
-    "upscale a/x.png -o b/x.png/", "upscale a b -o out.png", "upscale a -o out --seed 1,1"])
+    "upscale a/x.png -o b/x.png/", "upscale a b -o out.png", "upscale a -o out --seed 1,1",
+    "bench -h", "bench oseddif", "bench osediff a", "bench osediff a/x x=b --data a -o out --sede 1",
+    "bench osediff n=a n=b --data a -o out", "bench osediff a --data nowhere -o out", "bench --check"])
 def test_what_is_wrong_with_a_line_is_said_without_torch(root, clean_env, tmp_path, line):
     code = f"""
 import os, sys

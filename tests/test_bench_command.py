@@ -1,0 +1,429 @@
+"The command srnb bench on drawn pictures: what is wrong is told at once, what is done is kept, numbers are paired"
+import json
+import re
+import shutil
+import sys
+import tarfile
+import zipfile
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import t as student
+
+from srnb import judge, protocols
+from srnb.baselines import bicubic_x4
+from srnb.command import main
+from srnb.core import bicubic, generator, quantize, read_image, read_run, write_image
+from srnb.judge import Unfit, bench, summarised, text_table
+from srnb.protocols import OSEDIFF, cut_truth
+from srnb.sources import Command, Folder, Model
+
+OWN = """
+from srnb.colour import Colour
+from srnb.protocols import OSEDIFF, Layout, Protocol, Published, TestSet, mean_over_pictures
+def one(name): return TestSet(name, 5, (16, 24), 4, (Layout(f"{name}/lq", f"{name}/gt"),), True, "drawn", "CC0")
+def rows(name):
+    return Published("theirs", name, 5, (("psnr", 30.5),), "nobody"), Published("old", name, 9, (), "nobody")
+psnr, ssim = (next(m for m in OSEDIFF.measures if m.name == n) for n in ("psnr", "ssim"))
+deep = tuple(m for m in OSEDIFF.measures if m.name == "musiq")
+TOY = Protocol("toy", "drawn pictures", ("this test",), (one("a"), one("b")), Colour("none"), True, None, (psnr, ssim),
+               mean_over_pictures, "name", (*rows("a"), *rows("b")))
+ONE = Protocol("one", "drawn pictures", ("this test",), (one("a"),), Colour("none"), True, None, (psnr, *deep),
+               mean_over_pictures, "name")
+"""
+
+
+def drawn(i): # lq (3,16,24), gt (3,64,96)
+    gt = bicubic(quantize(torch.rand(1, 3, 8, 12, generator=generator(i))), (64, 96))
+    return bicubic(gt, (16, 24))[0], gt[0]
+
+
+@pytest.fixture
+def box(tmp_path, monkeypatch): # data of two sets, good outputs of both, a protocol; the working folder
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"own.py").write_text(OWN)
+    for k, s in enumerate("ab"):
+        for i in range(5):
+            lq, gt = drawn(10*k+i)
+            write_image(f"data/{s}/lq/p{i}.png", lq)
+            write_image(f"data/{s}/gt/p{i}.png", gt)
+            write_image(f"good/{s}/p{i}.png", quantize((gt+bicubic_x4(lq[None])[0])/2))
+    return tmp_path
+
+
+@pytest.fixture
+def toy(box):
+    from srnb.config import from_file
+    return from_file("own.py:TOY", "protocol")
+
+
+def run(capsys, *argv): # exit code, stdout, lines of stderr
+    code = main(["bench", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, [o for o in err.splitlines() if not o.startswith("srnb bench: loading")]
+
+
+def srnb(capsys, *argv, data="data", out="out"): return run(capsys, "own.py:TOY", *argv, "--data", data, "-o", out)
+
+
+def scored(monkeypatch, die=None): # grows with every picture that is scored; the call number `die` is interrupted
+    calls = []
+
+    def count(*a, **k):
+        if len(calls) == die: raise KeyboardInterrupt
+        calls.append(1)
+        return protocols.score_picture(*a, **k)
+    monkeypatch.setattr(judge, "score_picture", count)
+    return calls
+
+
+def test_everything_wrong_is_told_at_once(box, capsys, monkeypatch):
+    calls = scored(monkeypatch)
+    shutil.copytree("good", "one")
+    shutil.copytree("good", "two")
+    (box/"one/a/p0.png").unlink()                                            # missing
+    shutil.copy("good/a/p0.png", "one/a/zebra.png")                          # extra
+    Image.open("good/a/p1.png").crop((0, 0, 90, 64)).save("one/a/p1.png")     # wrong size
+    (box/"one/b/p2.png").write_bytes((box/"good/b/p2.png").read_bytes()[:99]) # damaged
+    for mode, name in (("L", "p0"), ("RGBA", "p1"), ("P", "p2")):
+        Image.open(f"good/b/{name}.png").convert(mode).save(f"two/b/{name}.png")
+    Image.fromarray(np.zeros((64, 96), np.uint16)).save("two/b/p3.png")
+    code, out, said = srnb(capsys, "one", "two")
+    assert code == 1 and not out and not calls and not (box/"out").exists()
+    for o in ("one, a: missing (1 of 5): p0", "one, b: damaged (1 of 5): p2.png",
+              "one, a: wrong size (1 of 5; an output must have 4 times the size of its input): p1.png has 90×64",
+              "one, a: extra (1), of no picture of a, left out: zebra.png",
+              "two, b: not 8-bit RGB (4 of 5): p0.png (grey), p1.png (alpha), p2.png (palette), p3.png (more than 8"):
+        assert any(o in line for line in said), (o, said)
+    assert not any(o.startswith("two, a") for o in said)
+
+
+def test_common_pictures(box, capsys, monkeypatch):
+    shutil.copytree("good", "less")
+    (box/"less/a/p0.png").unlink()
+    (box/"less/b/p3.png").write_bytes(b"\x89PNG no")
+    assert srnb(capsys, "less", "good")[0] == 1
+    code, out, said = srnb(capsys, "less", "good", "--common")
+    assert code == 0 and out.count("n = 4") == 2
+    assert "a: 4 of 5 pictures are compared, which all sources have" in said
+    assert "published numbers (theirs) are not comparable: they are means over 5 pictures, these are 4" in out
+    t = read_run("out")[1]
+    assert set(t[t.set == "a"].image) == {"p1", "p2", "p3", "p4"} and set(t.variant) == {"bicubic", "less", "good"}
+    Image.open("good/a/p1.png").crop((0, 0, 90, 64)).save("less/a/p1.png")
+    assert srnb(capsys, "less", "--common")[0] == 1 # a wrong size is not missing
+
+
+@pytest.mark.parametrize("source, said", [
+    ("data/{set}/gt", "the ground truth itself"), ("data/{set}/lq", "the inputs themselves"),
+    ("same", "5 inputs have one and the same output"), ("none", "none of its files carries the name"),
+    ("flat", "it has no folder b"), ("twice", "several files for one picture (1 of 5)")])
+def test_folders_that_are_something_else(box, capsys, source, said):
+    for s in "ab":
+        for i in range(5):
+            write_image(f"same/{s}/p{i}.png", torch.full((3, 64, 96), .5))
+            write_image(f"none/{s}/q{i}.png", drawn(i)[1])
+    shutil.copytree("good/a", "flat/a")
+    shutil.copytree("good", "twice")
+    Image.open("good/a/p0.png").save("twice/a/p0.webp", lossless=True)
+    code, _, lines = srnb(capsys, f"x={source}")
+    assert code == 1 and any(said in o for o in lines), lines
+    assert not (box/"out").exists()
+
+
+def test_archives_are_folders(box, capsys):
+    assert srnb(capsys, "x=good")[0] == 0
+    with tarfile.open("good.tar", "w") as f: f.add("good", ".")
+    with zipfile.ZipFile("good.zip", "w") as f:
+        for p in sorted(box.glob("good/*/*.png")): f.write(p, f"deep/{p.relative_to(box/'good')}")
+    for i, o in enumerate(("good.tar", "good.zip/deep", "good.zip/deep/{set}")):
+        assert srnb(capsys, f"x={o}", out=f"out{i}")[0] == 0
+        assert read_run(f"out{i}")[1].equals(read_run("out")[1])
+    code, _, said = srnb(capsys, "x=good.zip/other", out="out9")
+    assert code == 1 and any("it has no folder a" in o for o in said)
+
+
+def test_killed_and_resumed(box, capsys, monkeypatch):
+    assert srnb(capsys, "x=good", out="whole")[0] == 0
+    scored(monkeypatch, die=7)
+    code, out, said = srnb(capsys, "x=good")
+    assert code == 130 and not out and "interrupted" in said[-1]
+    assert len(files := sorted(box.glob("out/pictures/*/*.parquet"))) == 7 and not list(box.rglob(".part-*"))
+    assert all(len(pd.read_parquet(o)) == 2 for o in files) and not (box/"out/metrics.parquet").exists()
+    calls = scored(monkeypatch)
+    assert srnb(capsys, "x=good")[0] == 0 and len(calls) == 20-7
+    for name in ("metrics.parquet", "table.csv", "table.md", "crops.html"):
+        assert (box/"out"/name).read_bytes() == (box/"whole"/name).read_bytes()
+    assert srnb(capsys, "x=good")[0] == 0 and len(calls) == 13
+
+
+def test_what_has_changed_is_done_anew(box, capsys, monkeypatch):
+    assert srnb(capsys, "x=good")[0] == 0
+    calls, first = scored(monkeypatch), read_run("out")[1]
+    shutil.copytree("good", "elsewhere")
+    assert srnb(capsys, "other=elsewhere")[0] == 0 and not calls # the same pictures under another name and path
+    write_image("good/a/p3.png", quantize(read_image("good/a/p3.png")*.9))
+    assert srnb(capsys, "x=good")[0] == 0 and len(calls) == 1
+    now = read_run("out")[1]
+    moved = now[now.value != first.value]
+    assert {*zip(moved.set, moved.image, moved.variant, strict=True)} == {("a", "p3", "x")}
+    write_image("data/b/gt/p1.png", quantize(drawn(11)[1]*.9)) # the truth counts too
+    assert srnb(capsys, "x=good")[0] == 0 and len(calls) == 3
+    assert srnb(capsys, "x=good", "--measures", "psnr")[0] == 0 and len(calls) == 23
+    code, _, said = run(capsys, "own.py:ONE", "x=good", "--data", "data", "-o", "out", "--measures", "psnr")
+    assert code == 1 and "holds a run with other parameters" in said[-1]
+
+
+def test_interval_by_hand(toy, capsys):
+    def noisy(lq, seed): # two seeds: each its own shift
+        return quantize(bicubic_x4(lq)*(.97-.02*seed))
+    sources = dict(drawn=Model(noisy, "noisy", True), half=Folder("good"))
+    t = bench(toy, sources, "out", "data", sets=["a"], measures=["psnr"], seeds=(0, 1), show=lambda o: None)
+    assert len(t) == 5*(1+2+1) # bicubic and the folder have one value a picture
+    by = {v: t[t.variant == v].groupby("image").value.mean() for v in sources} # seeds first
+    base = t[t.variant == "bicubic"].set_index("image").value
+    rows = pd.read_csv("out/table.csv").set_index("variant")
+    for v in sources:
+        d = (by[v]-base).to_numpy()
+        half = student.ppf(.975, 4)*d.std(ddof=1)/5**.5
+        want = [by[v].mean(), d.mean(), d.mean()-half, d.mean()+half]
+        got = rows.loc[v, ["mean", "difference", "difference_low", "difference_high"]].astype(float)
+        assert np.allclose(got, want, rtol=0, atol=1e-9)
+        assert rows.loc[v, "n"] == 5
+    assert rows.seeds.to_dict() == dict(bicubic=1, drawn=2, half=1)
+    assert np.isnan(rows.loc["bicubic", "difference"])
+
+
+def test_sets_are_never_pooled_and_pairs_are_complete():
+    rows = [dict(set=s, image="p", seed=0, metric="psnr", variant=v, value=x)
+            for s, v, x in (("a", "bicubic", 1.), ("a", "x", 2.), ("b", "bicubic", 5.), ("b", "x", 9.))]
+    t = summarised(pd.DataFrame(rows), "bicubic").set_index(["set", "variant"])
+    assert t.loc[("a", "x"), "difference"] == 1 and t.loc[("b", "x"), "difference"] == 4
+    assert t.low.isna().all() and t.difference_low.isna().all() and (t.n == 1).all() # one picture: no interval
+    more = [dict(o, image="q") for o in rows[:3]]
+    with pytest.raises(ValueError, match="b/q has no psnr of x: values are paired by picture"):
+        summarised(pd.DataFrame([*rows, *more]), "bicubic")
+
+
+def test_sources_that_do_not_read_their_input(toy, box, capsys):
+    blind = dict(blind=lambda lq: torch.zeros(1, 3, *(4*n for n in lq.shape[2:])), small=lambda lq: lq,
+                 broken=lambda lq: lq.no_such_thing())
+    with pytest.raises(Unfit) as e: bench(toy, blind, "out", "data")
+    text = str(e.value)
+    assert "blind makes the same of two images: it does not read its input" in text
+    assert "small makes 32×32 of 32×32, must enlarge 4 times" in text and "broken fails: AttributeError" in text
+    (box/"grey.py").write_text("import sys\nfrom pathlib import Path\nfrom PIL import Image\n"
+                               "for p in Path(sys.argv[1]).iterdir(): "
+                               "Image.new('RGB', (96, 64)).save(Path(sys.argv[2])/p.name)")
+    code, _, said = srnb(capsys, f"cmd:{sys.executable} grey.py {{lq}} {{sr}}")
+    assert code == 1 and any("grey, a: 5 inputs have one and the same output" in o for o in said)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from PIL import Image
+for n, p in enumerate(sorted(Path(sys.argv[1]).iterdir())):
+    if n == 2 and "--die" in sys.argv:
+        Path(sys.argv[2], p.name).write_bytes(b"half a picture")
+        print("card is on fire")
+        sys.exit(7)
+    with Image.open(p) as im: im.resize((4*im.width, 4*im.height), Image.BICUBIC).save(Path(sys.argv[2])/p.name)
+    Path("log").open("a").write(p.name + " ")
+"""
+
+
+def test_a_command_that_fails_half_way(box, capsys, monkeypatch):
+    (box/"my up.py").write_text(SCRIPT)
+    line = f"cmd:{sys.executable} 'my up.py' {{lq}} {{sr}}"
+    calls = scored(monkeypatch)
+    code, _, said = srnb(capsys, f"{line} --die")
+    assert code == 1 and not calls
+    told = "exit code 7 and said 'card is on fire'; 3 of 5 outputs are missing: p2, p3, p4"
+    assert any(f"my up, a: the command ended with {told}" in o for o in said), said
+    code, _, said = srnb(capsys, f"{line} --die") # the same call goes on, two at a time
+    assert any("1 of 5 outputs are missing: p4" in o for o in said)
+    assert srnb(capsys, f"{line} --die")[0] == 0 and len(calls) == 20
+    assert (box/"log").read_text().split() == [f"p{i}.png" for i in (0, 1, 0, 1, 2, 3, 2, 3, 4, 4)] or \
+        sorted((box/"log").read_text().split()) == sorted([f"p{i}.png" for i in range(5)]*2)
+    table = read_run("out")[1]
+    assert table[table.variant == "my up"].value.notna().all()
+    assert srnb(capsys, f"{line} --die")[0] == 0 and len(calls) == 20
+    (box/"my up.py").write_text(SCRIPT.replace("BICUBIC", "NEAREST")) # the same line, another program
+    assert srnb(capsys, line)[0] == 0 and len(calls) == 30
+    code, _, said = srnb(capsys, "cmd:no-such-program {lq} {sr}")
+    assert code == 1 and any("there is no program 'no-such-program' here" in o for o in said)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("oseddif x --data data -o out", "did you mean 'osediff'"), ("nothing", "there is osediff, seesr"),
+    ("own.py:NONE", "has no 'NONE'"), ("own.py:psnr", "a Measure, and no Protocol"),
+    ("osediff good", "srnb bench osediff says what it should look like"), ("osediff good --data data", "by -o"),
+    ("osediff --data data", "needs sources, or --check"), ("osediff good --data nowhere -o out", "no such folder"),
+    ("osediff good a/good --data data -o out", "two sources are called 'good'"),
+    ("osediff x=cmd:up --data data -o out", "needs {lq}"), ("--check", "--check needs a protocol"),
+    ("osediff good --check", "--check takes no sources"), ("osediff x= --data data -o out", "no source behind the ="),
+    ("own.py:TOY good --data data -o out --seed 1,1", "names a seed twice"),
+    ("own.py:TOY nowhere --data data -o out", "there is no such folder"),
+    ("own.py:TOY w.pth --data data -o out", "w.pth")])
+def test_wrong_usage(box, capsys, line, said):
+    (box/"w.pth").write_bytes(b"no weights")
+    code, out, lines = run(capsys, *line.split())
+    assert code == 2 and not out and said in " ".join(lines), lines
+    assert not (box/"out").exists()
+
+
+@pytest.mark.parametrize("more, said", [
+    (("--measures", "psnrr"), "did you mean 'psnr'"), (("--sets", "c"), "has no set 'c'"),
+    (("--baseline", "godd"), "did you mean 'good'"),
+    (("--by", "ssim", "--measures", "psnr"), "no measure 'ssim' to choose"),
+    (("bicubic=good",), "bicubic is the name of bicubic interpolation")])
+def test_names_that_are_not_there(box, capsys, more, said):
+    code, _, lines = srnb(capsys, "good", *more)
+    assert code == 1 and said in lines[-1] and not (box/"out").exists()
+
+
+def test_measures_that_cannot_be_had(box, capsys, offline):
+    call = "own.py:ONE", "good", "--data", "data", "-o", "out"
+    code, _, said = run(capsys, *call)
+    line = next(o for o in said if o.startswith("measure musiq"))
+    assert code == 1 and re.match(r"measure musiq cannot be computed here: \S.*; --available leaves it out$", line)
+    assert not (box/"out").exists()
+    code, out, said = run(capsys, *call, "--available")
+    assert code == 0 and any(re.match("measure musiq cannot .* it is left out$", o) for o in said)
+    assert set(read_run("out")[1].metric) == {"psnr"}
+
+
+def test_tables(toy, box, capsys):
+    code, out, said = srnb(capsys, "a long name for a source of a table=good", "bicubic")
+    lines = out.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 120
+    assert "a, n = 5, published, not computed here:" in out and re.search(r"theirs +30\.5", out)
+    assert "published numbers (old) are not comparable: they are means over 9 pictures, these are 5" in out
+    assert (box/"out/table.md").read_text().count("| psnr ↑ | ssim ↑ |") == 2
+    wide = pd.read_csv("out/table.csv")
+    assert set(wide.set) == {"a", "b"} and list(wide.columns)[:5] == ["set", "metric", "variant", "n", "seeds"]
+    assert list(read_run("out")[1]) == ["set", "image", "seed", "metric", "variant", "value"]
+    config = read_run("out")[0]
+    about = config["params"]["protocol"]["measures"][0]
+    assert about["border"] == 0 and about["channel"].startswith("luma") and config["versions"]["torch"]
+    assert len(config["params"]["pictures"]) == 10 and str(box) not in json.dumps(config)
+    rows = [dict(set="a", metric=m.name, variant=v, n=5, seeds=1, mean=12345.678, low=0, high=1, difference=-1234.5,
+                 difference_low=-1300.1, difference_high=-1168.9) for m in OSEDIFF.measures for v in ("bicubic", "x")]
+    text = text_table(pd.DataFrame(rows), OSEDIFF.measures, "bicubic")
+    assert max(map(len, text.splitlines())) <= 120 and all(m.name in text for m in OSEDIFF.measures)
+
+
+def test_published_rows_need_the_published_files(toy, monkeypatch):
+    from srnb.protocols import find_pictures
+    a, pictures = toy.set("a"), [p for p in find_pictures(toy, "data")[0] if p.set == "a"]
+    assert "published, not computed here" in judge.published_lines(toy, a, pictures, toy.measures)[0]
+    monkeypatch.setattr(type(a), "digests", lambda self: {"p0": dict(pictures[0].sha256, gt="0"*64)})
+    said = judge.published_lines(toy, a, pictures, toy.measures)
+    assert len(said) == 2 and all("1 of these files are not the published ones, such as p0" in o for o in said)
+
+
+class Images(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+    def handle_starttag(self, tag, attrs):
+        if tag == "img": self.found.append(dict(attrs))
+
+
+def test_crops(toy, box):
+    sources = {"<b>&x": Folder("good"), **{f"s{i}": Model(lambda lq, seed: bicubic_x4(lq), f"s{i}") for i in range(6)}}
+    t = bench(toy, sources, "out", "data", by="ssim", show=lambda o: None)
+    page = (box/"out/crops.html").read_text()
+    parser = Images()
+    parser.feed(page)
+    assert len(page) <= 2_000_000 and len(parser.found) == 2*3*(1+1+7+1) and "<b>&x" not in page
+    assert all(o["src"].startswith("data:image/jpeg") and o["alt"] for o in parser.found)
+    ours = t[(t.set == "a") & (t.metric == "ssim") & (t.variant == "<b>&x")].set_index("image").value.sort_values()
+    heads = re.findall(r"<h3>(\w+): (\w+)</h3>", page)
+    assert heads[:3] == [("best", ours.index[4]), ("median", ours.index[2]), ("worst", ours.index[0])]
+    assert f"ssim {ours.iloc[0]:.4f}" in page
+
+
+def test_a_policy_draws_what_srnb_upscale_writes(box, capsys, tiny):
+    for s in "ab":
+        assert main(["upscale", f"data/{s}/lq", "-o", f"ours/{s}", "--model", str(tiny), "--seed", "3", "--dtype",
+                     "float32", "--color-fix", "none", "--steps", "2"]) == 0
+    code, out, said = srnb(capsys, f"net={tiny}", "files=ours", "--seed", "3,4", "--dtype", "float32", "--steps", "2")
+    assert code == 0 and "net (2 seeds)" in out
+    t = read_run("out")[1]
+    drawn = t[(t.variant == "net") & (t.seed == 3)].value.to_numpy()
+    assert np.array_equal(drawn, t[t.variant == "files"].value.to_numpy())
+    assert not np.array_equal(drawn, t[(t.variant == "net") & (t.seed == 4)].value.to_numpy())
+    assert len(list(box.glob("out/outputs/net-*/a/*.png"))) == 10 # kept for people
+
+
+def test_an_adapter_names_its_base(box, capsys, tiny):
+    from srnb.policies import from_pretrained, save_adapter
+    for name in (str(tiny), None):
+        policy = from_pretrained(tiny)
+        policy.name = name
+        policy.add_lora(2)
+        with torch.no_grad():
+            for p in policy.net.parameters():
+                if p.requires_grad: p.add_(.3)
+        save_adapter(policy, f"run{name is None}/adapter")
+    call = f"base={tiny}", f"tuned={tiny}+runFalse", "--dtype", "float32", "--sets", "a", "--steps", "1"
+    code, _, said = srnb(capsys, *call, "run=runTrue")
+    assert code == 2 and "does not say on which base it was trained; write BASE+runTrue" in said[-1]
+    assert srnb(capsys, *call, "run=runFalse")[0] == 0
+    t = read_run("out")[1].pivot_table(index=["image", "metric"], columns="variant", values="value")
+    assert (t.run == t.tuned).all() and (t.base != t.tuned).all()
+
+
+def test_speed(toy, box, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "FORMS", judge.FORMS[:1])
+    net = torch.nn.Conv2d(3, 48, 3, padding=1).requires_grad_(False)
+    conv = Model(lambda lq, seed: torch.pixel_shuffle(net(lq), 4).sigmoid(), "conv")
+    said = []
+    bench(toy, dict(conv=conv, files=Folder("good")), "out", "data", speed=True, show=said.append)
+    cost = pd.read_parquet("out/cost.parquet").set_index("source")
+    assert cost.loc["conv", "flops"] == 2*27*48*64*64 and cost.loc["conv", "parameters"] == 27*48+48
+    assert cost.loc["files"].drop("form").isna().all() and cost.loc["files", "form"] == "made elsewhere"
+    assert cost.loc["bicubic", "cpu_s_per_mp"] > 0 and np.isnan(cost.loc["bicubic", "flops"])
+    assert re.search(r"files +made elsewhere +–( +–)+$", said[-1], re.M)
+    assert max(map(len, said[-1].splitlines()[:5])) <= 120
+
+
+def test_a_rule_for_sizes_is_used_and_said(toy, box, capsys):
+    from dataclasses import replace
+    shutil.copytree("good", "cut")
+    Image.open("good/a/p1.png").crop((0, 0, 92, 60)).save("cut/a/p1.png")
+    said = []
+    cutting = replace(toy, crop=cut_truth)
+    t = bench(cutting, dict(cut=Folder("cut")), "out", "data", say=said.append, show=lambda o: None)
+    assert any("wrong size (1 of 5" in o and "the protocol has a rule for that, cut_truth" in o for o in said)
+    assert t.value.notna().all()
+
+
+def test_check_says_what_drifted(box, capsys, monkeypatch):
+    table = pd.DataFrame(dict(measure=["psnr", "ssim", "musiq"], holds=[True, True, None]))
+    monkeypatch.setattr(protocols, "check_report", lambda t: f"{len(t)} numbers")
+    for holds, code in (([True, True, None], 0), ([True, False, None], 1), ([None]*3, 1)):
+        monkeypatch.setattr(protocols, "check_protocol", lambda p, data, holds=holds: table.assign(
+            holds=pd.Series(holds, dtype=object)))
+        found = run(capsys, "--check", "osediff")
+        assert found[0] == code and found[1] == "3 numbers\n"
+
+
+def test_what_there_is(box, capsys):
+    code, out, _ = run(capsys)
+    assert code == 0 and "osediff" in out
+    code, out, _ = run(capsys, "own.py:TOY")
+    assert code == 0 and "a/lq + a/gt" in out and "border 0" in out
+
+
+def test_names_of_sources(box):
+    from srnb.command import split_sources
+    (box/"x=1").mkdir()
+    assert split_sources(["x=1", "a/b.tar/{set}/in", "n=x=1", "owner/net@v1"]) == {
+        "x=1": "x=1", "in": "a/b.tar/{set}/in", "n": "x=1", "net@v1": "owner/net@v1"}
+    with pytest.raises(ValueError, match="has no {sr}"): Command("up {lq}")
