@@ -284,8 +284,9 @@ def test_a_one_step_run_and_a_base_judge_them_too(folders, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, change", [("dp2o", "after - before"), ("asasr", "after - before"),
-                                          ("dro", "after - before"), ("sft", "mean - bicubic"), ("ctmsr", "sr - bicubic")])
+@pytest.mark.parametrize("name, change", [
+    ("dp2o", "after - before"), ("asasr", "after - before"), ("dro", "after - before"), ("sft", "mean - bicubic"),
+    ("ctmsr", "sr - bicubic")])
 def test_papermill_takes_it_and_the_page_shows_it(root, folders, tmp_path, forked, name, change):
     "Smoke runs, and the mean change is that of the run's table"
     page, out, there = root/"nbs"/f"train_{name}.ipynb", tmp_path/"out.ipynb", str(folders/"blind")
