@@ -917,7 +917,7 @@ def check_report(
         elif len(held):
             counts = " and ".join(f"{len(o)} {'drawn' if s == 'drawn' else 'logged (' + s + ')'}"
                                   for s, o in held.groupby("set", sort=False))
-            lines.append(f"holds     {what}: {counts}, largest difference {held.difference.abs().max():.1g} "
+            lines.append(f"holds     {what}: {counts}, largest difference {held.difference.abs().max():.2g} "
                          f"(at most {held.tolerance.iloc[0]:g})")
         if len(open):
             numbers = "" if open.found.isna().all() else \

@@ -95,6 +95,13 @@ def test_a_wrong_variant_drifts_on_drawn_pictures(wrong):
     assert all(o in text for o in (wrong.name, "torch", "NumPy", "drawn/"))
 
 
+def test_niqe_holds_and_drifts_on_drawn_pictures():
+    if missing_measures([NIQE]): pytest.skip("NIQE's parameters are not at hand")
+    t = check_protocol(replace(OURS, measures=(NIQE,)))
+    assert len(t) > 4 and (t["holds"] == True).all() and set(t.made_by) == {"pyiqa 0.1.16"}, check_report(t) # noqa: E712
+    t = check_protocol(replace(OURS, measures=(lie(NIQE, border=4),)))
+    assert (t["holds"] == False).any() and "DRIFTED niqe" in said(t) # noqa: E712
+
 def test_drawn_pictures_are_those_whose_numbers_are_known(monkeypatch):
     assert not protocols._drawn_differs()
     other = {**drawn_pairs(), "soft": tuple(o ^ 1 for o in drawn_pairs()["soft"])}
