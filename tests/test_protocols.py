@@ -91,6 +91,7 @@ def test_a_wrong_variant_drifts_on_drawn_pictures(wrong):
     t = check_protocol(replace(OURS, measures=(wrong,)))
     assert (t["holds"] == False).any() # noqa: E712
     text = said(t)
+    assert max(map(len, check_report(t).splitlines())) <= 120
     assert text.startswith("DRIFTED")
     assert all(o in text for o in (wrong.name, "torch", "NumPy", "drawn/"))
 
@@ -208,6 +209,7 @@ def test_every_preset_is_found_by_name_and_says_what_is_open():
     assert [next(m.border for m in p.measures if m.name == "psnr") for p in (OSEDIFF, SEESR, CTMSR)] == [0, 4, 0]
     assert [next(m.id for m in p.measures if m.name == "maniqa") for p in (OSEDIFF, CTMSR, ASASR)] == [
         "maniqa-pipal", "maniqa", "maniqa"]
+    for p in constants(Protocol).values(): assert max(map(len, str(p).splitlines())) <= 120
     assert "script cannot remake it" in " ".join(describe(RESSHIFT).split())
     assert REALSR_FULL.size is None and REALSR_CROP.size == (128, 128)
 
