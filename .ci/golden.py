@@ -1,20 +1,25 @@
 """Golden numbers of room 24, under `srnb/golden`. `golden.py osediff FOLDER` reads the pictures and log of OSEDiff's
 authors and writes digests and logged numbers; no picture enters the repository. `golden.py drawn` computes the numbers
-of the drawn pictures with NumPy and SciPy, without any function of srnb; it fails if pyiqa disagrees."""
+of the drawn pictures with NumPy and SciPy, without any function of srnb, and NIQE with pyiqa; it fails if pyiqa has
+another PSNR or SSIM. `golden.py record FOLDER` writes the record of a check on the pictures of that folder."""
 import argparse
 import csv
 import hashlib
+import io
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.ndimage import correlate1d
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT/"srnb/golden"
+STEADY = ("dark", "frame", "grey", "saturated", "soft") # their NIQE moves least if ties of its rounding fall otherwise
 PARTS = ("lq", "gt", "osediff") # folders of the archive, in the order of a row
 
 
@@ -33,6 +38,12 @@ def write(
     return path
 
 
+def digest(data:bytes)->str: return hashlib.sha256(data).hexdigest()
+
+def pixels(data:bytes)->str:
+    x = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    return digest(f"{x.shape[:2]}".encode() + x.tobytes())[:16]
+
 def osediff(
     folder:Path, # holds osediff_half.tar and osediff_log.csv
 )->Path:
@@ -42,14 +53,14 @@ def osediff(
     variants = {m.name: m.variant for m in OSEDIFF.measures}
     rows = {s.name: {} for s in OSEDIFF.sets}
     with tarfile.open(folder/"osediff_half.tar", "r:") as tar:
-        def digest(set, part, file):
-            return hashlib.sha256(tar.extractfile(f"{set}/{part}/{file}").read()).hexdigest()
         for o in log:
-            digests = [digest(o["set"], part, o["file"]) for part in PARTS]
-            rows[o["set"]][Path(o["file"]).stem] = [*digests, *(float(o[c]) for c in columns)]
+            data = [tar.extractfile(f"{o['set']}/{part}/{o['file']}").read() for part in PARTS]
+            rows[o["set"]][Path(o["file"]).stem] = [*map(digest, data), *map(pixels, data),
+                                                    *(float(o[c]) for c in columns)]
     about = dict(source="cswry/OSEDiff, preset/datasets, logs of 23 October 2024", made_by="pyiqa 0.1.10",
                  covers="50 of 100 pictures of realsr, 47 of 93 of drealsr: those that we have had in hand",
-                 row=["SHA-256 of the low-quality file", "of the ground truth", "of OSEDiff's output", *columns],
+                 row=["SHA-256 of the low-quality file", "of the ground truth", "of OSEDiff's output",
+                      "digests of their pixels", "", "", *columns],
                  variants=[variants[c] for c in columns])
     return write("osediff", about, {k: v for k, v in rows.items() if v})
 
@@ -80,6 +91,7 @@ def drawn()->Path:
     import torch
 
     from srnb.protocols import OSEDIFF, SEESR, drawn_pairs
+    from srnb.rewards import pyiqa_metric, scorer_of
     pairs = {k: tuple(o.numpy() for o in v) for k, v in drawn_pairs().items()}
     def theirs(id, **options):
         model = pyiqa.create_metric(id, device=torch.device("cpu"), **options)
@@ -94,16 +106,37 @@ def drawn()->Path:
             print(f"{m.variant}: pyiqa {version('pyiqa')} differs by {far:.1g} at most")
             if not far <= m.tolerance/2: raise SystemExit(f"{m.variant}: by hand {ours}, by pyiqa {other}")
             rows[m.variant], by[m.variant] = ours, numbers
+    niqe = next(m for m in OSEDIFF.measures if m.name == "niqe") # no other code has its parameters
+    of = scorer_of(pyiqa_metric("niqe"))
+    rows[niqe.variant] = {k: float(of(torch.from_numpy(pairs[k][0])[None].float()/255, None)) for k in STEADY}
+    by[niqe.variant] = f"pyiqa {version('pyiqa')}"
     return write("drawn", dict(made_by=by, digests={
         k: [hashlib.sha256(o.tobytes()).hexdigest() for o in v] for k, v in pairs.items()}), rows)
 
 
+def record(
+    folder:Path, # of the pictures
+)->Path:
+    "What the check says of the logged pictures, for the page of room 24"
+    import pandas as pd
+
+    from srnb.core import open_run, write_table
+    from srnb.protocols import OSEDIFF, check_protocol, missing_measures
+    missing = missing_measures(OSEDIFF.measures)
+    t = check_protocol(replace(OSEDIFF, measures=tuple(m for m in OSEDIFF.measures if m.name not in missing)), folder)
+    t = t[t.found.notna() & (t["set"] != "drawn")]
+    rows = [dict(image=f"{o.set}/{o.picture}", seed=0, metric=o.measure, variant=k, value=getattr(o, k))
+            for o in t.itertuples() for k in ("said", "found")]
+    out = open_run(ROOT/"nbs/_records/protocols", dict(protocol="osediff", unchecked=sorted(missing)))
+    return write_table(out/"metrics.parquet", pd.DataFrame(rows))
+
+
 def main()->int:
     a = argparse.ArgumentParser(description=__doc__)
-    a.add_argument("what", choices=["osediff", "drawn"])
+    a.add_argument("what", choices=["osediff", "drawn", "record"])
     a.add_argument("folder", type=Path, nargs="?", help="of the pictures and the log")
     a = a.parse_args()
-    path = drawn() if a.what == "drawn" else osediff(a.folder)
+    path = drawn() if a.what == "drawn" else osediff(a.folder) if a.what == "osediff" else record(a.folder)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
     return 0
 

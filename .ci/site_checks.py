@@ -13,7 +13,7 @@ from readme import options, skip_exec
 from refs import pages as notebooks # read again only if a file has changed
 
 FIGURE, NOTEBOOK = 100_000, 1_000_000 # bytes
-FOLDERS = {"nbs/_records": 3e6, "srnb/photos": 4e6, "srnb/weights": 25e6} # bytes
+FOLDERS = {"nbs/_records": 3e6, "srnb/photos": 4e6, "srnb/weights": 25e6, "srnb/golden": 1e5} # bytes
 
 
 # ---- the sources

@@ -173,6 +173,8 @@ def pooled_psnr(
 # %% ../nbs/24_protocols.ipynb #24-protocols-031
 GOLDEN = Path(str(files("srnb")))/"golden" # digests and numbers, no pictures
 
+_PARTS = ("lq", "gt", "answer") # of a picture
+
 @functools.cache
 def _sheet(name:str)->dict: # a file of golden numbers
     return json.loads((GOLDEN/f"{name}.json").read_text(encoding="utf-8"))
@@ -198,15 +200,17 @@ class TestSet:
     licence:str                # as far as it is said
     sheet:str=""               # file of known digests and numbers under `srnb/golden`; empty: we have had none in hand
     left_open:str=""           # what the paper does not say
+    def _rows(self)->dict: # id -> three digests, three of pixels, numbers
+        return _sheet(self.sheet)["sets"][self.name] if self.sheet else {}
     def digests(self)->dict: # id -> dict of lq, gt, answer: SHA-256 of the file
         "Files of this set that we have had in hand"
-        rows = _sheet(self.sheet)["sets"][self.name] if self.sheet else {}
-        return {k: dict(zip(("lq", "gt", "answer"), o[:3], strict=True)) for k, o in rows.items()}
+        return {k: dict(zip(_PARTS, o[:3], strict=True)) for k, o in self._rows().items()}
+    def pixels(self)->dict:  # id -> dict of lq, gt, answer: digest of the decoded picture, see `Picture.pixels`
+        "Their pixels, which a file that was written again keeps"
+        return {k: dict(zip(_PARTS, o[3:6], strict=True)) for k, o in self._rows().items()}
     def logged(self)->dict:  # id -> dict of variant -> number
         "What the authors logged for the known outputs of this set"
-        if not self.sheet: return {}
-        sheet = _sheet(self.sheet)
-        return {k: dict(zip(sheet["variants"], o[3:], strict=True)) for k, o in sheet["sets"][self.name].items()}
+        return {k: dict(zip(_sheet(self.sheet)["variants"], o[6:], strict=True)) for k, o in self._rows().items()}
     def made_by(self)->str:
         "Package and version that made the logged numbers"
         return _sheet(self.sheet)["made_by"] if self.sheet else ""
@@ -606,12 +610,12 @@ def pictures_in(
     for name, archive in archives:
         below = f"{name.rpartition('.')[0]}/" if name else ""
         rows += [(below + n, r) for n, r in _members(archive, say)]
-    hidden = [n for n, _ in rows if any(o.startswith(".") or o == "__MACOSX" for o in n.split("/"))]
-    others = [n for n, _ in rows if n not in {*hidden} and PurePosixPath(n).suffix.lower() not in PICTURES]
+    hidden = {n for n, _ in rows if any(o.startswith(".") or o == "__MACOSX" for o in n.split("/"))}
+    others = {n for n, _ in rows if n not in hidden and PurePosixPath(n).suffix.lower() not in PICTURES}
     for what, names in (("hidden", hidden), ("no pictures", others)):
-        if names: say(f"{path}: {len(names)} files are {what}, left out: {', '.join(sorted(names)[:3])}"
-                      + (" …" if len(names) > 3 else ""))
-    kept = [(n, r) for n, r in rows if n not in {*hidden, *others}]
+        if names: say(f"{path}: left out, {what}: {len(names)} ({', '.join(sorted(names)[:3])}"
+                      f"{' …' if len(names) > 3 else ''})")
+    kept = [(n, r) for n, r in rows if n not in hidden | others]
     twice = [k for k, n in Counter(n for n, _ in kept).items() if n > 1]
     if twice: raise ValueError(f"{path}: {twice[0]} is there twice, in a folder and in an archive; take one away")
     return dict(sorted(kept))
@@ -638,8 +642,14 @@ class Picture:
     @functools.cached_property
     def sha256(self)->dict: # lq, gt, answer -> SHA-256 of the file, of those that are there
         "Digests of the files"
-        there = {k: getattr(self, k) for k in ("lq", "gt", "answer")}
+        there = {k: getattr(self, k) for k in _PARTS}
         return {k: hashlib.sha256(r()).hexdigest() for k, r in there.items() if r is not None}
+    def pixels(self,
+        what:str, # lq, gt or answer
+    )->str:       # 16 digits
+        "Digest of a decoded picture: of its height, width and 8-bit values, in rows of RGB"
+        x = self._read(what).mul(255).round().byte().permute(1, 2, 0).contiguous()
+        return hashlib.sha256(f"{tuple(x.shape[:2])}".encode() + x.numpy().tobytes()).hexdigest()[:16]
 
 def pair_key(
     stem:str, # of a file's name
@@ -698,17 +708,25 @@ def _faults(set:TestSet, p:Picture, crop:Callable|None)->list[str]: # why a pict
         bad.append(f"{set.name}/{p.id} (gt): {size['gt'][0]}×{size['gt'][1]} pixels, need {want[0]}×{want[1]}")
     return bad
 
+def _compare(set:TestSet, p:Picture, parts:Sequence[str])->tuple[list[str], list[str]]:
+    "Parts of a known picture with other pixels than the published ones, and parts with the same in another file"
+    files, pixels = set.digests()[p.id], set.pixels()[p.id]
+    other = [k for k in parts if k in p.sha256 and p.sha256[k] != files[k]]
+    wrong = [k for k in other if p.pixels(k) != pixels[k]]
+    return wrong, [k for k in other if k not in wrong]
+
 def _hashes(set:TestSet, pictures:list[Picture])->list[str]: # what is said of them
     known = set.digests()
-    rows = [(p.id, [k for k in ("lq", "gt") if k in p.sha256 and p.sha256[k] != known[p.id][k]])
-            for p in pictures if p.id in known]
-    wrong = [f"{id} ({', '.join(o)})" for id, o in rows if o]
+    rows = [(p.id, *_compare(set, p, ("lq", "gt"))) for p in pictures if p.id in known]
+    wrong, again = ([f"{o[0]} ({', '.join(o[k])})" for o in rows if o[k]] for k in (1, 2))
     if not known: return [f"{set.name}: no digests of these files are known here: whether they are the published ones "
                           "cannot be told"]
     if wrong: return [f"{set.name}: {len(wrong)} of {len(rows)} known files differ: these are not the published files, "
                       f"for example {wrong[0]}"]
-    return [f"{set.name}: {len(rows)} of {len(rows)} known pictures are the published files"] if rows else [
-        f"{set.name}: none of these names is known here, {len(known)} are"]
+    if not rows: return [f"{set.name}: none of these names is known here, {len(known)} are: this may be another set"]
+    if again: return [f"{set.name}: {len(rows)} of {len(rows)} known pictures have the published pixels, "
+                      f"{len(again)} of them in another file, for example {again[0]}"]
+    return [f"{set.name}: {len(rows)} of {len(rows)} known pictures are the published files"]
 
 def find_pictures(
     protocol:Protocol,
@@ -729,11 +747,11 @@ def find_pictures(
                 also = " (or, as the only set that is named, lq and gt)" if len(sets) == 1 else ""
                 raise ValueError(f"{data}: {remarks[-1]}{also}")
             continue
-        for p in progress(pictures, f"pictures of {s.name} read"): bad += _faults(s, p, protocol.crop)
+        faults = [o for p in progress(pictures, f"pictures of {s.name} read") for o in _faults(s, p, protocol.crop)]
         if s.n is not None and len(pictures) != s.n:
             remarks.append(f"{s.name}: {len(pictures)} pictures, the published set has {s.n}: means are not comparable")
-        remarks += _hashes(s, pictures)
-        found += pictures
+        remarks += [] if faults else _hashes(s, pictures)
+        found, bad = found + pictures, bad + faults
     if bad:
         raise ValueError(f"{data}: {len(bad)} files cannot be used: {'; '.join(bad[:5])}{' …' if bad[5:] else ''}")
     if not found: raise ValueError(f"{data}: no set of {protocol.name} is there. " + " ".join(remarks))
@@ -835,8 +853,7 @@ def _logged_cases(protocol:Protocol, pictures:Sequence[Picture])->tuple[list, li
         known, numbers = set.digests().get(p.id), set.logged().get(p.id)
         if known is None: why = "no number of this picture is known here"
         elif p.answer is None: why = "the output whose numbers were logged is not there"
-        elif wrong := [k for k in ("gt", "answer") if p.sha256.get(k) != known[k]]:
-            why = f"its {' and '.join(wrong)} is not the published file"
+        elif wrong := _compare(set, p, ("gt", "answer"))[0]: why = f"its {' and '.join(wrong)} is not the published one"
         else:
             cases.append((p.set, p.id, numbers, set.made_by(), p.read_answer, p.read_gt))
             continue
@@ -847,7 +864,7 @@ def check_protocol(
     protocol:Protocol,
     data:str|Path|None=None, # folder or archive with sets and the outputs whose numbers were published
 )->pd.DataFrame: # set, picture, measure, variant, said, found, difference, tolerance, holds, made_by, installed, why
-    "Compute golden numbers again; `holds` is None where that is not possible, and `why` says why"
+    "Compute golden numbers again; `holds` is None where that is not possible; remarks on files are in its `attrs`"
     rows = []
     def add(measure, variant, set="", picture="", said=None, found=None, tolerance=None, holds=None, made_by="",
             installed="", why=""):
@@ -858,7 +875,8 @@ def check_protocol(
     for k in _drawn_differs():
         add("drawn pictures", "", "drawn", k, holds=False,
             why="this machine draws another picture: its numbers mean nothing")
-    logged, gone = _logged_cases(protocol, find_pictures(protocol, data)[0]) if data is not None else ([], [])
+    pictures, remarks = find_pictures(protocol, data) if data is not None else ([], [])
+    logged, gone = _logged_cases(protocol, pictures)
     for set, id, why in gone: add("logged numbers", "", set, id, why=why)
     missing = missing_measures(protocol.measures)
     for m in protocol.measures:
@@ -874,14 +892,16 @@ def check_protocol(
             holds = None if m.tolerance is None else bool(abs(found-said) <= m.tolerance)
             why = "" if m.tolerance is not None else m.left_open or "no tolerance is given"
             add(m.name, m.variant, set, id, said, found, holds=holds, made_by=made_by, why=why, **about)
-    return pd.DataFrame(rows).astype(dict(holds=object))
+    table = pd.DataFrame(rows).astype(dict(holds=object))
+    table.attrs["remarks"] = remarks
+    return table
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-073
 def check_report(
     table:pd.DataFrame, # from `check_protocol`
 )->str:          # lines
     "What a check has found, for people"
-    lines = []
+    lines = [f"files     {o}" for o in table.attrs.get("remarks", [])]
     for (measure, variant), t in table.groupby(["measure", "variant"], sort=False):
         held, failed, open = (t[[o is v for o in t.holds]] for v in (True, False, None))
         what = f"{measure}: {variant}" if variant else measure
@@ -897,7 +917,7 @@ def check_report(
         elif len(held):
             counts = " and ".join(f"{len(o)} {'drawn' if s == 'drawn' else 'logged (' + s + ')'}"
                                   for s, o in held.groupby("set", sort=False))
-            lines.append(f"holds     {what}: {counts}, largest difference {held.difference.abs().max():.1g} "
+            lines.append(f"holds     {what}: {counts}, largest difference {held.difference.abs().max():.2g} "
                          f"(at most {held.tolerance.iloc[0]:g})")
         if len(open):
             numbers = "" if open.found.isna().all() else \

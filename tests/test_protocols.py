@@ -37,6 +37,8 @@ def lie(measure, **changes): return Liar(**{**vars(measure), **changes}, said=me
 
 def said(table): return " ".join(check_report(table).split()) # on one line
 
+def known_parts(set): return {k for o in (set.digests(), set.pixels()) for v in o.values() for k in v}
+
 def named(function, name): # a channel under another's name
     def channel(images): return function(images)
     channel.__name__ = name
@@ -89,9 +91,17 @@ def test_a_wrong_variant_drifts_on_drawn_pictures(wrong):
     t = check_protocol(replace(OURS, measures=(wrong,)))
     assert (t["holds"] == False).any() # noqa: E712
     text = said(t)
+    assert max(map(len, check_report(t).splitlines())) <= 120
     assert text.startswith("DRIFTED")
     assert all(o in text for o in (wrong.name, "torch", "NumPy", "drawn/"))
 
+
+def test_niqe_holds_and_drifts_on_drawn_pictures():
+    if missing_measures([NIQE]): pytest.skip("NIQE's parameters are not at hand")
+    t = check_protocol(replace(OURS, measures=(NIQE,)))
+    assert len(t) > 4 and (t["holds"] == True).all() and set(t.made_by) == {"pyiqa 0.1.16"}, check_report(t) # noqa: E712
+    t = check_protocol(replace(OURS, measures=(lie(NIQE, border=4),)))
+    assert (t["holds"] == False).any() and "DRIFTED niqe" in said(t) # noqa: E712
 
 def test_drawn_pictures_are_those_whose_numbers_are_known(monkeypatch):
     assert not protocols._drawn_differs()
@@ -163,6 +173,11 @@ def test_files_that_are_not_the_published_ones_are_not_checked(bench, tmp_path):
     assert any("2 of 2 known pictures are the published files" in o for o in remarks)
     assert any("2 pictures, the published set has 100" in o for o in remarks)
     assert any(o.startswith("drealsr: not found") for o in remarks)
+    path = tmp_path/"realsr/lq/Canon_003_LR4.png"
+    Image.open(path).save(path, compress_level=1) # the same pixels in another file
+    remarks = find_pictures(OURS, tmp_path)[1]
+    assert any("2 of 2 known pictures have the published pixels, 1 of them in another file, for example Canon_003" in o
+               for o in remarks)
     for part in ("gt", "osediff"):
         path = tmp_path/f"realsr/{part}/Canon_003_LR4.png"
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
@@ -171,7 +186,7 @@ def test_files_that_are_not_the_published_ones_are_not_checked(bench, tmp_path):
                for o in remarks)
     t = check_protocol(replace(OURS, measures=(PSNR,)), tmp_path)
     assert t.picture[t["set"] == "realsr"].tolist() == ["Canon_003_LR4", "Canon_001_LR4"]
-    assert "gt and answer is not the published file" in said(t)
+    assert "gt and answer is not the published one" in said(t) and "1 of 2 known files differ" in said(t)
 
 
 def test_sheets_hold_digests_and_numbers_and_are_small(root):
@@ -194,6 +209,7 @@ def test_every_preset_is_found_by_name_and_says_what_is_open():
     assert [next(m.border for m in p.measures if m.name == "psnr") for p in (OSEDIFF, SEESR, CTMSR)] == [0, 4, 0]
     assert [next(m.id for m in p.measures if m.name == "maniqa") for p in (OSEDIFF, CTMSR, ASASR)] == [
         "maniqa-pipal", "maniqa", "maniqa"]
+    for p in constants(Protocol).values(): assert max(map(len, str(p).splitlines())) <= 120
     assert "script cannot remake it" in " ".join(describe(RESSHIFT).split())
     assert REALSR_FULL.size is None and REALSR_CROP.size == (128, 128)
 
@@ -246,6 +262,7 @@ def test_every_field_of_a_set_counts(tmp_path):
     remarks = " ".join(find_pictures(small(n=3), tmp_path)[1])
     assert "2 pictures, the published set has 3" in remarks and "no digests" in remarks
     assert find_pictures(small(name="b"), tmp_path)[0][0].set == "b"
+    assert known_parts(REALSR_CROP) == {"lq", "gt", "answer"}
     for wrong, match in ((dict(size=(8, 8)), r"16×20 pixels, this set has 8×8"), (dict(scale=2), "need 32×40"),
                          (dict(layouts=(Layout("b/lq", "b/gt"),)), "no set of own is there"),
                          (dict(layouts=(Layout("a/lq", "a/none"),)), "no ground truth")):
@@ -375,7 +392,7 @@ def test_an_archive_reads_as_its_folder(tmp_path, make, end):
                                              ("__MACOSX/a/x.png", b"x")]), []
     found = pictures_in(path, lines.append)
     assert [*found] == sorted(k for k, _ in MEMBERS) and all(found[k]() == v for k, v in MEMBERS)
-    assert len(lines) == 2 and "2 files are hidden" in lines[0] and "1 files are no pictures" in lines[1]
+    assert len(lines) == 2 and "left out, hidden: 2 (" in lines[0] and "no pictures: 1 (a/notes.txt)" in lines[1]
     below = pictures_in(tmp_path, lines.append) # a folder that holds one
     assert [*below] == [f"s/{k}" for k in found]
     assert len(find_pictures(small(), path)[0]) == len(find_pictures(small(), tmp_path)[0]) == 2
@@ -385,7 +402,7 @@ def test_a_folder_reads_with_those_below_it(tmp_path, capsys):
     (tmp_path/".hidden").mkdir()
     (tmp_path/"readme.md").write_text("x")
     assert [*pictures_in(tmp_path)] == ["a/b/x.png", "y.png"]
-    assert "1 files are no pictures, left out: readme.md" in capsys.readouterr().out
+    assert "left out, no pictures: 1 (readme.md)" in capsys.readouterr().out
 
 BAD = {
     "absolute": [("/etc/x.png", b"x")], "above": [("a/../../x.png", b"x")], "backslash": [("..\\x.png", b"x")],
