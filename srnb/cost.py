@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .core import check_images, generator, gpus, quantize
 from .plan import measure
@@ -67,6 +68,7 @@ def cost_of(
     form:Form,
     device:str|torch.device="cpu",     # where it computes; its input lies on the processor
     runs:int=3,                        # that are timed on a processor; a GPU has those of the form
+    patience:float=30.,                # seconds after which no further run is begun
 )->dict:                               # see the table above; None: not counted, or not here
     "What one call costs, without knowing what is inside"
     if runs < 1: raise ValueError(f"runs must be at least 1, got {runs}")
@@ -74,16 +76,19 @@ def cost_of(
     def run(): return answer(lq)
     for _ in range(form.warm if cuda else 1): sr = run()
     check_images(sr, "the answer")
-    with weights_called() as called: counted = measure(run)
+    with weights_called() as called, FlopCounterMode(display=False) as flops: counted = measure(run)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
-    process, latency = zip(*(_seconds(run, cuda) for _ in range(form.runs if cuda else runs)), strict=True)
-    inside = counted.flops > 0 or len(called) > 0 # something ran in PyTorch that can be counted
+    begin, times = time.monotonic(), []
+    while len(times) < (form.runs if cuda else runs) and (not times or time.monotonic()-begin < patience):
+        times.append(_seconds(run, cuda))
+    process, latency = zip(*times, strict=True)
+    inside = flops.get_total_flops() > 0 or len(called) > 0 # something ran in PyTorch that can be counted
     weights = sum(p.numel()*p.element_size() for p in called.values())
     return dict(form=form.name, input=f"{form.size[1]}x{form.size[0]}", runs=len(latency),
                 parameters=sum(p.numel() for p in called.values()) if inside else None,
-                flops=counted.flops if inside else None, memory=weights+counted.peak if inside else None,
+                flops=flops.get_total_flops() or None, memory=weights+counted.peak if inside else None,
                 cpu_s_per_mp=median(process)/(sr[0, 0].numel()/1e6), latency=median(latency),
                 vram=torch.cuda.max_memory_allocated(device) if cuda else None,
                 vram_reserved=torch.cuda.max_memory_reserved(device) if cuda else None,

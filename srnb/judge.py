@@ -529,13 +529,11 @@ def costs(
     runs:int=3, # calls that are timed on a processor
 )->pd.DataFrame: # source, form and what `cost_of` gives; folders and programs have nothing
     "What each source costs, in the forms of two papers"
-    rows = []
-    for name, source in entry.sources.items():
-        if isinstance(source, Model):
-            for form in FORMS: rows.append(dict(source=name) | cost_of(
-                lambda lq, source=source: source.answer(lq, 0), form, source.device, runs))
-        else: rows.append(dict(source=name, form="made elsewhere" if isinstance(source, Folder) else "program"))
-    return pd.DataFrame(rows)
+    todo = [(n, o, f) for n, o in entry.sources.items() for f in (FORMS if isinstance(o, Model) else (None,))]
+    def row(source, form):
+        if form is None: return dict(form="made elsewhere" if isinstance(source, Folder) else "program")
+        return cost_of(lambda lq: source.answer(lq, 0), form, source.device, runs)
+    return pd.DataFrame([dict(source=n) | row(o, f) for n, o, f in progress(todo, "costs")])
 
 def cost_table(
     table:pd.DataFrame, # from `costs`

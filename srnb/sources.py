@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .baselines import BASELINES, spandrel_model
 from .config import nearest
-from .core import Clock, check_images, decode_image, generator, quantize, take_away_parts, to_bytes, write_image
+from .core import (Clock, check_images, decode_image, generator, progress, quantize, take_away_parts, to_bytes,
+                       write_image)
 from .protocols import Picture, pair_key, pictures_in
 
 # %% ../nbs/50_sources.ipynb #50-sources-006
@@ -184,7 +185,7 @@ def look_through(
     "Read every output once and say everything that is wrong"
     sizes, colours, pixels, kept = {}, {}, {}, {}
     truth = inputs = bool(files)
-    for p in pictures:
+    for p in progress(pictures, "outputs looked through"):
         if p.id not in files:
             found.absent[p.id] = "missing"
             continue
