@@ -375,6 +375,8 @@ def bench_parser()->argparse.ArgumentParser:
                    "outputs in --data, and name what has drifted")
     p.add_argument("--sets", type=_names, metavar="A[,B...]", help="of the protocol; all that are there")
     p.add_argument("--measures", type=_names, metavar="A[,B...]", help="of the protocol; all of them")
+    p.add_argument("--also", type=_names, metavar="A[,B...]", default=[],
+        help="further columns: metrics of srnb.rewards by name, such as st_lpips_vgg, or path/to/file.py:NAME")
     p.add_argument("--available", action="store_true", help="leave out, by name, measures that cannot be computed here")
     p.add_argument("--common", action="store_true", help="compare the pictures that all sources have")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
@@ -464,7 +466,7 @@ def run_bench(
     "Compare outputs, networks and programs on a protocol of a paper"
     args = bench_parser().parse_intermixed_args(argv)
     words = check_bench(args)
-    from srnb.config import constants, from_file, own_file
+    from srnb.config import coerced, constants, from_file, own_file
     from srnb.protocols import Protocol, check_protocol, check_report, describe
     known = constants(Protocol)
     if args.protocol is None:
@@ -484,12 +486,14 @@ def run_bench(
         print(describe(protocol))
         return 0
     from srnb.judge import Unfit, bench
+    from srnb.rewards import Metric
+    with _blaming("--also"): also = [coerced(o, Metric, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
     try:
         with redirect_stdout(sys.stderr): # lines about progress
             bench(protocol, sources, args.out, args.data, args.sets, args.measures, args.available, args.seed,
                   args.baseline, args.speed, args.device, args.common, args.by, tell,
-                  lambda text: print(text, file=out))
+                  lambda text: print(text, file=out), also=also)
     except Unfit as e:
         tell(f"srnb bench: nothing is compared, for {len(e.lines)} reasons and remarks:")
         for o in e.lines: tell(o)

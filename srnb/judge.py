@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html import escape
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +34,7 @@ from .degrade import Degradation
 from .look import data_uri
 from .metrics import interval
 from .protocols import (Measure, Picture, Protocol, TestSet, find_pictures, mean_over_pictures,
-                            missing_measures, pair_key, score_picture)
+                            measure_of, missing_measures, pair_key, score_picture)
 from .rewards import Metric, check_available, score_group
 from .sources import (Command, Folder, Found, Model, Source, check_model, command_identity, files_for, listed,
                           look_through, plain_model, run_program, written)
@@ -254,8 +253,7 @@ def package_version(
     m:Measure,
 )->str:
     "Which version of its package computes a measure here"
-    try: return f"{m.package} {metadata.version(m.package)}" if m.package != "srnb" else ""
-    except metadata.PackageNotFoundError: return m.package
+    return m.metric().version if m.package != "srnb" else ""
 
 def jobs_of(
     entry:Entry,
@@ -568,9 +566,13 @@ def bench(
     by:str="",            # measure that chooses crops; empty: the first
     say:Callable[[str], object]=print,  # told remarks
     show:Callable[[str], object]=print, # told the tables
+    also:Sequence[Metric]=(), # further columns, of whole pictures
 )->pd.DataFrame:          # set, image, seed, metric, variant, value
     "Compare sources on a protocol; Unfit says all that is wrong before anything is computed"
     if not seeds or len({*seeds}) < len(seeds): raise ValueError(f"seeds must be named once each, got {list(seeds)}")
+    if also:
+        measures = None if measures is None else [*measures, *(m.name for m in also)]
+        protocol = replace(protocol, measures=(*protocol.measures, *map(measure_of, also)))
     entry = entered(protocol, sources, out, data, sets, measures, available, common, baseline, device or "cpu")
     chooses = {m.name: m for m in entry.measures}
     if by and by not in chooses: raise ValueError(f"there is no measure {by!r} to choose crops; {nearest(by, chooses)}")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GOLDEN', 'REALSR_CROP', 'DREALSR_CROP', 'DIV2K_CROP', 'REALSR_FULL', 'IMAGENET', 'REALSET65', 'REALLR200', 'OSEDIFF',
-           'SEESR', 'RESSHIFT', 'CTMSR', 'ASASR', 'DP2O', 'MOST', 'Measure', 'cut_truth', 'cut_both', 'resize_output',
-           'mean_over_pictures', 'pooled_psnr', 'Layout', 'TestSet', 'Published', 'Protocol', 'describe', 'pictures_in',
-           'Picture', 'pair_key', 'find_pictures', 'score_picture', 'drawn_pairs', 'missing_measures', 'check_protocol',
-           'check_report']
+           'SEESR', 'RESSHIFT', 'CTMSR', 'ASASR', 'DP2O', 'MOST', 'Measure', 'measure_of', 'cut_truth', 'cut_both',
+           'resize_output', 'mean_over_pictures', 'pooled_psnr', 'Layout', 'TestSet', 'Published', 'Protocol',
+           'describe', 'pictures_in', 'Picture', 'pair_key', 'find_pictures', 'score_picture', 'drawn_pairs',
+           'missing_measures', 'check_protocol', 'check_report']
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-004
 import functools
@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from .colour import Colour
+from .config import coerced, name_of
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
 from .rewards import Metric, MetricMismatch, MetricUnavailable, luma_studio, luma_studio_whole, pyiqa_metric
@@ -46,8 +47,8 @@ from .rewards import score, scorer_of
 class Measure:
     "A column of a protocol: what computes it, and all that two papers may do differently"
     name:str              # of the column, for example psnr, lpips, maniqa
-    package:str           # "srnb" or "pyiqa"
-    id:str                # the package's own name of it
+    package:str           # "srnb": a function of room 20; "pyiqa"; "metric": a `Metric` with a name
+    id:str                # the package's own name of it, or that of the Metric, `path/to/file.py:NAME` too
     kind:str              # "fr" compares with the ground truth, "nr" looks at the output alone
     higher_better:bool    # direction
     border:int            # pixels cut off at each side first
@@ -58,12 +59,13 @@ class Measure:
     tolerance:float|None=None # of a golden number; None: it cannot be held to one, `left_open` says why
     left_open:str=""      # what the source does not say, or why there is no tolerance
     def __post_init__(self):
-        if self.package not in ("srnb", "pyiqa"):
-            raise ValueError(f"measure {self.name}: package must be 'srnb' or 'pyiqa', got {self.package!r}")
+        if self.package not in ("srnb", "pyiqa", "metric"):
+            raise ValueError(f"measure {self.name}: package must be 'srnb', 'pyiqa' or 'metric', got {self.package!r}")
         if self.package == "srnb": self._check_own()
         if self.package == "pyiqa" and self.channel is not None:
             raise ValueError(f"measure {self.name}: pyiqa's metrics choose their channel themselves: channel must be "
                              "None, and what they take as keyword arguments belongs into options")
+        if self.package == "metric": self._check_named()
         allowed = ("float32", "float64") if self.package == "srnb" else ("float16", "float32")
         if self.dtype not in allowed:
             raise ValueError(f"measure {self.name}: dtype must be {' or '.join(allowed)}, got {self.dtype!r}")
@@ -77,6 +79,14 @@ class Measure:
         except TypeError as e:
             raise ValueError(f"measure {self.name}: {self.id} cannot be called like this ({e}); "
                              "psnr and ssim take a channel, and options are its other arguments") from e
+    def _check_named(self)->None: # a Metric, which has all that it takes
+        found = coerced(self.id, Metric, f"measure {self.name}")
+        if self.channel is not None or self.options:
+            raise ValueError(f"measure {self.name}: a Metric has its own channel and arguments: leave channel None and "
+                             "options empty")
+        if (self.kind, self.higher_better) != (found.kind, found.higher_better):
+            raise ValueError(f"measure {self.name}: {self.id} is {(found.kind, found.higher_better)} (kind, higher is "
+                             f"better), got {(self.kind, self.higher_better)}")
     def _options(self)->dict: # with the channel, if there is one
         return dict(self.options) | ({} if self.channel is None else dict(channel=self.channel))
 
@@ -112,7 +122,7 @@ def _own_scorer(m:Measure)->Callable: # of a function of room 20
         options["channel"] = channel
     return lambda sr, gt: function(sr, gt, border=m.border, **options)
 
-def _pyiqa_scorer(m:Measure, inner:Metric)->Callable:
+def _cropped_scorer(m:Measure, inner:Metric)->Callable:
     scorer = inner.build() # and not `scorer_of`, whose error would be told twice
     def cropped(sr, gt):
         gt = None if gt is None else _cropped(gt, m.border)
@@ -124,8 +134,19 @@ def _pyiqa_scorer(m:Measure, inner:Metric)->Callable:
 def _metric_of(m:Measure)->Metric:
     if m.package == "srnb":
         return Metric(m.variant, m.kind, m.higher_better, functools.partial(_own_scorer, m))
-    inner = pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
-    return Metric(m.variant, m.kind, m.higher_better, functools.partial(_pyiqa_scorer, m, inner), inner.needs)
+    if m.package == "metric": inner = coerced(m.id, Metric, f"measure {m.id}")
+    else: inner = pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
+    return Metric(m.variant, m.kind, m.higher_better, functools.partial(_cropped_scorer, m, inner), inner.needs)
+
+def measure_of(
+    metric:Metric, # a constant of room 20, or of the reader's own file
+)->Measure:        # whole pictures
+    "Any metric as a further column beside those of a protocol"
+    name = name_of(metric)
+    if name is None:
+        raise ValueError(f"metric {metric.name} has no name that a record could give: take a constant of room 20, or "
+                         "path/to/file.py:NAME")
+    return Measure(metric.name, "metric", name, metric.kind, metric.higher_better, 0, None, "float32")
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-021
 def cut_truth(
