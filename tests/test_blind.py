@@ -324,6 +324,7 @@ def test_prompts_are_by_picture(run, folders, tmp_path):
     with pytest.raises(RunOccupied, match="stands_for.blind.pictures"): align(ask(colour="a door"))
 
 
+@pytest.mark.slow
 def test_two_processes_judge_them_together(done, run, folders, tmp_path, forked):
     out, run = done
     shared = blind(run, folders/"blind", loop=replace(run.loop, parts=2), out=str(tmp_path/"two"))
