@@ -303,7 +303,7 @@ def write_table(
 def versions()->dict: # package -> version
     "What this run was computed with"
     names = ["srnb", "torch", "numpy", "pandas", "pillow", "accelerate", "peft", "diffusers", "transformers",
-             "bitsandbytes", "pyiqa", "lpips", "stlpips-pytorch"]
+             "bitsandbytes", "pyiqa", "lpips", "stlpips-pytorch", "cvvdp"]
     found = {"python": platform.python_version()}
     for n in names:
         try: found[n] = metadata.version(n)

@@ -57,7 +57,7 @@ def _columns(bank:Path, metrics, reward, normaliser, photos)->tuple[dict, dict]:
     if not ids: raise ValueError(f"{bank} holds no finished group; run make_bank first")
     metrics = list(dict.fromkeys([*metrics, *(reward.metrics if reward else ())]))
     about = dict(params=params, versions=config["versions"], reward=None,
-                 metrics={m.name: dict(kind=m.kind, higher_better=m.higher_better) for m in metrics})
+                 metrics={m.name: dict(kind=m.kind, higher_better=m.higher_better, version=m.version) for m in metrics})
     columns = dict(id=ids)
     if {"m", "seed", "policy"} <= params.keys():
         columns["seeds"] = [group_seeds(i, params["m"], params["seed"]) for i in ids]
