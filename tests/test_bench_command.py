@@ -247,7 +247,7 @@ def test_a_command_that_fails_half_way(box, capsys, monkeypatch):
     code, _, said = srnb(capsys, f"{line} --die") # the same call goes on, two at a time
     assert any("1 of 5 outputs are missing: p4" in o for o in said)
     assert srnb(capsys, f"{line} --die")[0] == 0 and len(calls) == 20
-    assert sorted((box/"log").read_text().split()) == sorted([f"p{i}.png" for i in range(5)]*2) # none of them twice a set
+    assert sorted((box/"log").read_text().split()) == sorted([f"p{i}.png" for i in range(5)]*2)
     table = read_run("out")[1]
     assert table[table.variant == "my up"].value.notna().all()
     assert srnb(capsys, f"{line} --die")[0] == 0 and len(calls) == 20
