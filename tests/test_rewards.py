@@ -478,7 +478,8 @@ def test_a_local_file_of_weights_is_used(tmp_path, group, offline):
     (R.ILNIQE, "ILNIQE_templateModel.mat")], ids=lambda o: getattr(o, "name", ""))
 def test_the_missing_file_and_its_folder_are_named(offline, metric, file):
     with pytest.raises(R.MetricUnavailable) as e: R.check_available([metric])
-    for said in (f"metric {metric.name} cannot be built", f"The file is {file}, expected in"): assert said in str(e.value)
+    assert f"metric {metric.name} cannot be built" in str(e.value)
+    assert f"The file is {file}, expected in" in str(e.value)
 
 
 def test_what_a_metric_was_computed_with():
@@ -593,7 +594,7 @@ def test_the_published_values_prove_lpips():
 # without pyiqa
 
 def test_without_pyiqa_everything_but_its_metrics_works(root, clean_env, tmp_path, tiny):
-    "Rooms import, a run trains and is judged by PSNR, the command says its help; a metric of pyiqa says what to install"
+    "Rooms import, a run is judged by PSNR, the command says its help; a metric of pyiqa says what to install"
     code = f"""
 import importlib, pathlib, sys
 from dataclasses import replace
