@@ -260,8 +260,7 @@ def _short(path:str)->str: return str(path).replace(str(Path.home()), "~")
 
 _PIP = {"stlpips_pytorch": "stlpips-pytorch", "pycvvdp": "cvvdp", "IPython": "ipython"} # where the names differ
 
-def _absent(metric:Metric, module:str)->str: # what is said where a package is missing
-    name = _PIP.get(module, module)
+def _absent(metric:Metric, name:str)->str: # what is said where its package is missing
     licence = " (PolyForm-Noncommercial: not for commerce)" if name == "pyiqa" else ""
     return (f"metric {metric.name} needs the package {name}{licence}, which is not installed: `pip install {name}` "
             "provides it, or choose a metric without it, such as those of the reward preset `offline`")
@@ -287,8 +286,10 @@ def scorer_of(
         with _quiet(), _random_state_kept(): return metric.build()
     except (MetricMismatch, MetricUnavailable): raise
     except Exception as e:
-        if isinstance(e, ModuleNotFoundError): raise MetricUnavailable(_absent(metric, e.name or "")) from e
+        gone = _PIP.get(e.name, e.name) if isinstance(e, ModuleNotFoundError) else None
+        if gone and f"package {gone}" in metric.needs: raise MetricUnavailable(_absent(metric, gone)) from e
         why, file = f"{type(e).__name__}: {e}".splitlines()[0][:300], _wanted(e)
+        if gone: why += f"; `pip install {gone}` provides it"
         file = f" The file is {file}." if file else ""
         raise MetricUnavailable(
             f"metric {metric.name} cannot be built on this machine. Tried: {metric.needs or 'its builder'}. "

@@ -27,7 +27,7 @@ A = R.Metric("a", "fr", False, lambda: lambda sr, gt: (sr-gt).abs().mean((1, 2, 
 B = R.Metric("b", "fr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3)))
 C = R.Metric("c", "nr", True, lambda: lambda sr, gt: sr.std((1, 2, 3)))
 TOY = R.Reward("toy", fr=(A, B), nr=(C,))
-PYIQA = [m for m in (*R.DP2O.metrics, R.PIQE, R.GMSD, R.NLPD, R.MS_SSIM, R.FSIM, R.VSI, R.VIF)]
+PYIQA = [m for m in vars(R).values() if isinstance(m, R.Metric) and "package pyiqa" in m.needs]
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +294,15 @@ def test_each_other_choice_misses_the_logged_pictures(logged):
     assert len(misses) == 8 and min(misses.values()) > 2, misses
 
 
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_niqe_of_the_logged_pictures(logged, step):
+    cropped, off = R.pyiqa_metric("niqe", crop_border=4), []
+    for i, (row, sr, _) in enumerate(logged(step)):
+        assert R.score(R.NIQE, sr).item() == pytest.approx(row.niqe, abs=.02), row.file
+        if i < 4: off.append(abs(R.score(cropped, sr).item() - row.niqe))
+    assert max(off) > .02
+
+
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_photograph_is_embedded_once(group, net):
     from stlpips_pytorch.stlpips import LPIPS
@@ -398,6 +407,225 @@ for m in (R.ST_LPIPS_ALEX, R.LPIPS_VGG, R.CVVDP, R.PIQE):
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, env=clean_env, capture_output=True, text=True,
                          check=True)
     for name in ("stlpips-pytorch", "lpips", "cvvdp", "pyiqa"): assert f"`pip install {name}`" in ran.stdout
+
+
+# the papers' metrics by name
+
+NAMES = ("lpips", "lpips-vgg", "dists", "topiq_fr", "afine_fr", "niqe", "brisque", "ilniqe", "pi", "musiq", "maniqa",
+         "maniqa-pipal", "clipiqa", "clipiqa+", "topiq_nr", "afine_nr", "qalign")
+
+def test_the_papers_metrics_are_judges_by_name():
+    from srnb.config import constants, record, revive
+    from srnb.runs import Judging
+    there = constants(R.Metric)
+    assert {*NAMES} <= {*there} and all(there[n].name == n for n in NAMES)
+    judging = Judging("dp2o", judges=["psnr_y", *NAMES])
+    assert record(judging)["judges"] == ["psnr_y", *NAMES]
+    assert revive(Judging, record(judging)) == judging
+    with pytest.raises(ValueError, match="did you mean 'musiq'"): Judging(None, judges=["muziq"])
+
+
+def test_any_other_id_is_a_metric_of_a_file(tmp_path):
+    from srnb.runs import Judging
+    (tmp_path/"my.py").write_text("from srnb.rewards import pyiqa_metric\n"
+                                  "MINE = pyiqa_metric('cw_ssim')\nCROPPED = pyiqa_metric('psnr', crop_border=4)\n")
+    mine, cropped = Judging(None, judges=[f"{tmp_path}/my.py:MINE", f"{tmp_path}/my.py:CROPPED"]).judges
+    assert (mine.name, mine.kind, mine.higher_better) == ("cw_ssim", "fr", True)
+    assert cropped.name == "psnr(crop_border=4)" and cropped != R.pyiqa_metric("psnr")
+    with pytest.raises(R.MetricMismatch, match="no metric 'musik'; did you mean 'musiq'"): R.pyiqa_metric("musik")
+
+
+def test_kind_and_direction_are_read_without_importing_pyiqa(root, clean_env):
+    code = """
+import sys
+from srnb.rewards import pyiqa_metric
+m = pyiqa_metric("ahiq"), pyiqa_metric("dbcnn"), pyiqa_metric("msswd")
+assert [(o.kind, o.higher_better) for o in m] == [("fr", True), ("nr", True), ("fr", False)]
+assert "pyiqa" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=clean_env, check=True)
+
+
+def test_options_and_files_that_a_metric_does_not_take_are_told(tmp_path, offline):
+    for m, said in ((R.pyiqa_metric("niqe", border=4), "niqe takes no option 'border'"),
+                    (R.pyiqa_metric("gmsd", crop=4), "gmsd takes no option 'crop'"),
+                    (R.pyiqa_metric("psnr", colour_space="ycbcr"), "psnr takes no option 'colour_space'")):
+        with pytest.raises(R.MetricMismatch, match=said): R.scorer_of(m)
+    pickled, whole = tmp_path/"pickled.pth", tmp_path/"whole.pth"
+    torch.save({"params": Placed([])}, pickled)
+    whole.write_bytes(b"half a download")
+    for file, said in ((tmp_path/"none.pth", "there is no file .*none.pth, given as the weights of musiq"),
+                       (pickled, "pickled.pth, given as the weights of musiq, holds more than tensors"),
+                       (whole, "whole.pth, given as the weights of musiq, holds more than tensors or is damaged")):
+        with pytest.raises(R.MetricUnavailable, match=said): R.scorer_of(R.pyiqa_metric("musiq", weights=file))
+    with pytest.raises(R.MetricMismatch, match="ssim takes no file of weights"):
+        R.scorer_of(R.pyiqa_metric("ssim", weights=R.niqe_parameters))
+
+
+def test_a_local_file_of_weights_is_used(tmp_path, group, offline):
+    from pyiqa.archs.cnniqa_arch import CNNIQA
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = CNNIQA(pretrained=None).eval()
+    torch.save({"params": net.state_dict()}, tmp_path/"mine.pth")
+    metric = R.pyiqa_metric("cnniqa", weights=tmp_path/"mine.pth")
+    assert "mine.pth" in metric.needs and "huggingface" not in metric.needs
+    with torch.no_grad(): theirs = net(group[1]).flatten().double()
+    torch.testing.assert_close(R.score(metric, group[1]), theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric,file", [
+    (R.MUSIQ, "musiq_koniq_ckpt-e95806b9.pth"), (R.LPIPS_ALEX, "alexnet-owt-7be5be79.pth"),
+    (R.ILNIQE, "ILNIQE_templateModel.mat")], ids=lambda o: getattr(o, "name", ""))
+def test_the_missing_file_and_its_folder_are_named(offline, metric, file):
+    with pytest.raises(R.MetricUnavailable) as e: R.check_available([metric])
+    assert f"metric {metric.name} cannot be built" in str(e.value)
+    assert f"The file is {file}, expected in" in str(e.value)
+
+
+def test_what_a_metric_was_computed_with():
+    from importlib.metadata import version
+    assert R.MUSIQ.version == f"pyiqa {version('pyiqa')}" and R.CVVDP.version == f"cvvdp {version('cvvdp')}"
+    assert R.LPIPS_VGG.version == f"lpips {version('lpips')}" and R.PSNR_Y.version.startswith("srnb ")
+    assert A.version == "" and replace(A, needs="package srnb-that-is-not-there").version == ""
+
+
+def test_niqe_and_brisque_need_no_network(offline):
+    assert not {"huggingface", "download"} & {*f"{R.NIQE.needs} {R.BRISQUE.needs}".split()}
+    photos = torch.stack([centre_crop(p.read(), 256) for p in embedded_photos()[:2]])
+    for m in (R.NIQE, R.BRISQUE):
+        values = R.check_repeats(m, photos, atol=.01)
+        assert values.isfinite().all() and 0 < values.abs().max() < 100
+    from pyiqa import create_metric
+    for given, m in ((R.niqe_parameters, R.NIQE), (R.brisque_parameters, R.BRISQUE)):
+        theirs = create_metric(m.name, device="cpu", pretrained_model_path=str(given(offline)))(photos)
+        torch.testing.assert_close(R.score(m, photos), theirs.double().flatten(), atol=1e-6, rtol=1e-6)
+
+
+def test_the_shipped_parameters_carry_their_notice(root):
+    import hashlib
+    for name, start in (("niqe", "4222f92fe767b41b"), ("brisque", "18acf32b2de874cb")):
+        notice = (root/f"srnb/parameters/LICENSE-{name}.txt").read_text()
+        for part in ("COPYRIGHT NOTICE STARTS WITH THIS LINE", "The University of Texas at Austin",
+                     "COPYRIGHT NOTICE ENDS WITH THIS LINE"): assert part in notice
+        assert hashlib.sha256((root/f"srnb/parameters/{name}.safetensors").read_bytes()).hexdigest().startswith(start)
+
+
+# the same picture, the same number
+
+def test_a_metric_that_draws_or_looks_at_its_neighbours_does_not_repeat():
+    def metric(f): return R.Metric("x", "nr", True, lambda: f)
+    def crops(draw): return metric(lambda sr, gt: torch.stack([s[:, draw():].mean() for s in sr]))
+    R.check_repeats(R.SSIM_Y)
+    for draw in (lambda: np.random.randint(0, 99), lambda: int(torch.randint(0, 99, ())),
+                 lambda: __import__("random").randrange(99)):
+        with pytest.raises(ValueError, match=r"x \(no version known\) gave picture 0 .* scored again"):
+            R.check_repeats(crops(draw))
+    def seeded(sr, gt): # reseeding hides it from the first test: the value depends on the order
+        np.random.seed(123)
+        return torch.stack([s[:, np.random.randint(0, 99):].mean() for s in sr])
+    with pytest.raises(ValueError, match="scored in another order"): R.check_repeats(metric(seeded))
+    with pytest.raises(ValueError, match="at least 2"): R.check_repeats(R.SSIM_Y, torch.rand(1, 3, 64, 64))
+
+
+def test_scoring_and_building_leave_the_random_state(group):
+    import random
+    def reseed():
+        random.seed(123)
+        np.random.seed(123)
+        torch.manual_seed(123)
+    def build():
+        reseed()
+        return lambda sr, gt: reseed() or sr.mean((1, 2, 3))
+    metric = R.Metric("reseeds", "nr", True, build)
+    def state(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    before = state()
+    R.score(metric, group[1])
+    R.check_repeats(metric)
+    with pytest.raises(ZeroDivisionError):
+        R.score(R.Metric("breaks", "nr", True, lambda: lambda sr, gt: reseed() or 1/0), group[1])
+    assert state() == before
+
+
+# LPIPS that proves itself
+
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow), "squeeze"])
+def test_a_backbone_is_told_by_its_digest(tmp_path, group, net, monkeypatch, offline):
+    import hashlib
+
+    import torchvision.models as tv
+    from lpips import LPIPS
+    name = dict(alex="alexnet", vgg="vgg16", squeeze="squeezenet1_1")[net]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random_ = getattr(tv, name)(weights=None)
+    random_.classifier = torch.nn.Identity() # up to half a gigabyte that LPIPS does not look at
+    file = tmp_path/R._BACKBONE[net][1]
+    torch.save(random_.state_dict(), file)
+    with pytest.raises(R.MetricUnavailable, match="is not torchvision's .*: its SHA-256 begins with"):
+        R.scorer_of(R.lpips_metric(net, file))
+    hub = offline/"hub/checkpoints"
+    hub.mkdir(parents=True)
+    (hub/file.name).symlink_to(file) # nor does it pass where torchvision would look
+    with pytest.raises(R.MetricUnavailable, match="is not torchvision's"): R.scorer_of(R.lpips_metric(net))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8] # as if it were the one
+    monkeypatch.setitem(R._BACKBONE, net, (name, f"{name}-{digest}.pth"))
+    package = LPIPS(net=net, pnet_rand=True, verbose=False)
+    slices = {k: random_.state_dict()[f"features.{k.partition('.')[2]}"] for k in package.net.state_dict()}
+    package.net.load_state_dict(slices)
+    gt, sr = group
+    with torch.inference_mode(): theirs = package(sr, gt.expand_as(sr), normalize=True).flatten().double()
+    metric = R.lpips_metric(net, file)
+    torch.testing.assert_close(R.score(metric, sr, gt), theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="0.1024 and 0.0938.*not the published"): R.prove_lpips(metric)
+
+
+def test_the_published_values_prove_lpips():
+    g = torch.Generator().manual_seed(42)
+    a, b = (torch.rand(2, 3, 100, 100, generator=g)*2 - 1 for _ in range(2))
+    known = {round(float((a[i]-b[i]).square().mean()), 6): v for i, v in enumerate((.10242, .09378))}
+    right = R.Metric("right", "fr", False, lambda: lambda sr, gt: torch.tensor(
+        [known[round(float((2*sr[0]-2*gt).square().mean()), 6)]]))
+    np.testing.assert_allclose(R.prove_lpips(right), [.10242, .09378])
+    swapped = replace(right, build=lambda: lambda sr, gt: .19620 - right.build()(sr, gt))
+    with pytest.raises(ValueError, match="gives 0.0938 and 0.1024"): R.prove_lpips(swapped)
+    with pytest.raises(ValueError, match="no backbone 'resnet'; there is alex, vgg, squeeze"): R.lpips_metric("resnet")
+
+
+# without pyiqa
+
+def test_without_pyiqa_everything_but_its_metrics_works(root, clean_env, tmp_path, tiny):
+    "Rooms import, a run is judged by PSNR, the command says its help; a metric of pyiqa says what to install"
+    code = f"""
+import importlib, pathlib, sys
+from dataclasses import replace
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'pyiqa': raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+for o in sorted(pathlib.Path({str(root)!r}, "srnb").glob("[a-z]*.py")): importlib.import_module(f"srnb.{{o.stem}}")
+from srnb import rewards as R
+for make in (R.MUSIQ, "dbcnn", R.NIQE):
+    try: R.check_available([R.pyiqa_metric(make) if isinstance(make, str) else make])
+    except R.MetricUnavailable as e: print(e)
+from srnb.align import DP2O, Run, Top, align
+from srnb.core import read_run
+from srnb.runs import Base, Data, Judging
+from srnb.training import Loop
+few = Loop(steps=1, lr=1e-3, warmup=1, save_every=1, log_every=1)
+reward = R.Reward("psnr", fr=(R.PSNR_Y,))
+run = Run({str(tmp_path/"run")!r}, replace(DP2O, winners=Top(1)), Data(size=64, places=1, take=2),
+          Base({str(tiny)!r}, precision="no", sample_steps=1), Judging(reward, m=2, judges=("psnr_y",), eval_m=1), few,
+          rank=2, batch=1, patch=32)
+assert "psnr_y" in set(read_run(align(run))[1].metric)
+from srnb.command import main
+assert main(["upscale", "--help"]) == 0
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, env=clean_env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    said = [o for o in ran.stdout.splitlines() if o.startswith("metric ")]
+    assert [o.split()[1] for o in said] == ["musiq", "dbcnn", "niqe"]
+    for o in said:
+        assert "needs the package pyiqa (PolyForm-Noncommercial" in o and "`pip install pyiqa` provides it" in o
 
 
 # the ladder
