@@ -173,7 +173,7 @@ def scorer_of(
     "Build a metric, or hand out the one built before; MetricUnavailable if it cannot be had here"
     try:
         with _quiet(), torch.random.fork_rng(devices=[]): return metric.build()
-    except MetricMismatch: raise
+    except (MetricMismatch, MetricUnavailable): raise # says itself what to do
     except Exception as e:
         why = f"{type(e).__name__}: {e}".splitlines()[0][:300]
         if isinstance(e, ModuleNotFoundError): why += f"; `pip install {_pip_name(e.name or '')}` provides it"
