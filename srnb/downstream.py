@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINE', 'PAGE', 'OCR_LINE', 'OCR', 'BOXES', 'MASKS', 'BOX_AP', 'MASK_AP', 'CLASSES_ADE', 'CLASSES_VOC', 'MIOU_ADE',
            'MIOU_VOC', 'FACE', 'FACE_IDENTITY', 'as_it_is', 'Judge', 'optional_package', 'predictor', 'Agreement',
-           'picture_key', 'agreement', 'labelled', 'judged', 'normalised', 'edit_distance', 'Text', 'paired_boxes',
+           'picture_key', 'agreement', 'labelled', 'judged', 'normalised', 'edit_distance', 'Text', 'places',
            'text_errors', 'text_accuracy', 'text_recall', 'read_line', 'read_page', 'Objects', 'above', 'coco_ap',
            'box_ap', 'mask_ap', 'torchvision_model', 'detector', 'confusion', 'mean_iou', 'pixel_accuracy', 'segmenter',
            'transformers_segmenter', 'cosine', 'dlib_face']
@@ -148,28 +148,33 @@ class Text:
     lines:tuple[str, ...]    # as read
     boxes:Tensor|None=None   # (L,4), left, top, right, bottom in pixels; None: one line, whose place is known
 
-def paired_boxes(
+def places(
     a:Tensor,       # (N,4), left, top, right, bottom
     b:Tensor,       # (M,4)
-    least:float=.5, # (0, 1], intersection over union of a pair
-)->list[tuple[int, int]]: # indices into both
-    "One-to-one pairs with the largest sum of overlaps"
-    from scipy.optimize import linear_sum_assignment
-    from torchvision.ops import box_iou
-    iou = box_iou(a.reshape(-1, 4).double(), b.reshape(-1, 4).double()).numpy()
-    return [(i, j) for i, j in zip(*map(np.ndarray.tolist, linear_sum_assignment(-iou)), strict=True)
-            if iou[i, j] >= least]
+    least:float=.5, # (0, 1], of the smaller box, that both share where they are of one place
+)->list[tuple[list[int], list[int]]]: # indices into both, each once, from left to right
+    "What lies in the same place: a line that one reader sees whole may be two to another"
+    from scipy.sparse.csgraph import connected_components
+    both = torch.cat([a.reshape(-1, 4), b.reshape(-1, 4)]).double()
+    shared = (torch.minimum(both[:, None, 2:], both[:, 2:])-torch.maximum(both[:, None, :2], both[:, :2])).clamp(min=0)
+    area = (both[:, 2:]-both[:, :2]).prod(1)
+    linked = shared.prod(2) >= least*torch.minimum(area[:, None], area)
+    linked[:len(a), :len(a)] = linked[len(a):, len(a):] = False # of one reader each line stands for itself
+    n, label = connected_components(linked.numpy(), directed=False)
+    order = [i for i in both[:, 0].argsort(stable=True).tolist()]
+    members = [[i for i in order if label[i] == k] for k in range(n)]
+    return [([i for i in m if i < len(a)], [i-len(a) for i in m if i >= len(a)]) for m in members]
 
 def text_errors(
     found:Text,
     truth:Text,
 )->tuple[int, int]: # errors, characters of the truth
-    "Edit distances of lines in the same place; a line without a partner is all error, missed or invented"
+    "Edit distances of what is read in the same place; what has no counterpart is all error, missed or invented"
     a, b = [[normalised(o) for o in t.lines] for t in (found, truth)]
-    if found.boxes is None or truth.boxes is None: return edit_distance("".join(a), "".join(b)), len("".join(b))
-    pairs = paired_boxes(found.boxes, truth.boxes)
-    apart = sum(map(len, a+b)) - sum(len(a[i])+len(b[j]) for i, j in pairs)
-    return apart + sum(edit_distance(a[i], b[j]) for i, j in pairs), sum(map(len, b))
+    both = [(range(len(a)), range(len(b)))]
+    if found.boxes is not None and truth.boxes is not None: both = places(found.boxes, truth.boxes)
+    errors = sum(edit_distance("".join(a[i] for i in f), "".join(b[j] for j in t)) for f, t in both)
+    return errors, sum(map(len, b))
 
 # %% ../nbs/25_downstream.ipynb #25-downstream-015
 def _of_same_length(found, truth):
@@ -188,10 +193,11 @@ def text_recall(
     found:Sequence[Text], # with boxes
     truth:Sequence[Text], # with boxes
 )->float:                 # [0, 1]; arguments exchanged: the precision
-    "Share of the true lines that were found, at an overlap of a half, read rightly or not [ASASR, table 2]"
+    "Share of the true lines in whose place something was found, read rightly or not [ASASR, table 2]"
     _of_same_length(found, truth)
     n = sum(len(o.lines) for o in truth)
-    hits = sum(len(paired_boxes(f.boxes, t.boxes)) for f, t in zip(found, truth, strict=True))
+    both = [o for f, t in zip(found, truth, strict=True) for o in places(f.boxes, t.boxes)]
+    hits = sum(len(t) for f, t in both if f)
     return hits/n if n else float(not any(o.lines for o in found))
 
 # %% ../nbs/25_downstream.ipynb #25-downstream-022
@@ -399,8 +405,14 @@ def transformers_segmenter(
     name:str|Path, # folder, or name on the Hub whose files are already in its cache
 )->Callable[[Tensor], Tensor]: # as of `segmenter`
     "SegFormer, or any other segmentation network of transformers"
-    from transformers import AutoModelForSemanticSegmentation
-    return segmenter(AutoModelForSemanticSegmentation.from_pretrained(name, local_files_only=True))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try: folder = name if Path(name).is_dir() else snapshot_download(str(name), local_files_only=True)
+    except LocalEntryNotFoundError as e:
+        raise MetricUnavailable(f"no files of {name} in the Hugging Face cache: run hf download {name} once, or give "
+                                "a folder (transformers_segmenter(folder))") from e
+    from transformers import AutoModelForSemanticSegmentation # given a name, it asks the Hub all the same
+    return segmenter(AutoModelForSemanticSegmentation.from_pretrained(folder, local_files_only=True))
 
 # %% ../nbs/25_downstream.ipynb #25-downstream-044
 _B5 = "nvidia/segformer-b5-finetuned-ade-640-640"

@@ -33,6 +33,7 @@ from .core import bicubic, open_run, seed_of, to_bytes, write_table
 from .curation import Group, read_group, score_bank, score_table
 from .data import check_disjoint, embedded_photos, find_photos, make_pair, split_photos
 from .degrade import RESSHIFT_TEST, Degradation
+from .downstream import Agreement
 from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .policies import (Policy, check_policy, from_pretrained, policy_folder, save_adapter, save_pretrained,
@@ -349,7 +350,7 @@ class Judging(Checked):
     "What ranks candidates, and what judges the result"
     reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
     m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
-    judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
+    judges:tuple[Metric|Agreement, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
     show:int = 0                 # held-out photographs whose samples go to the tracker at every checkpoint
     def check(self):
