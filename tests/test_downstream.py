@@ -197,8 +197,8 @@ def objects(boxes, scores=None, labels=None):
     return Objects(boxes, labels, None if scores is None else torch.tensor(scores), masks)
 
 
-TWO = objects([[0, 0, 50, 50], [55, 0, 75, 50]])
-FOUND = objects([[0, 0, 50, 39], [0, 55, 20, 75], [55, 0, 75, 50]], [.9, .8, .7]) # overlap .78, nothing there, exact
+TWO = objects([[7, 3, 57, 53], [62, 3, 82, 53]])
+FOUND = objects([[7, 3, 57, 42], [7, 58, 27, 78], [62, 3, 82, 53]], [.9, .8, .7]) # overlap .78, nothing there, exact
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -216,6 +216,9 @@ def test_average_precision_takes_scores_classes_and_order():
     assert box_ap([objects([*boxes, [0, 60, 20, 75]], [.3, .6, .9])], [TWO]) == pytest.approx(2/3)
     assert box_ap([objects(boxes[:1], [.9])], [TWO]) == pytest.approx(51/101)
     assert box_ap([TWO_SURE], [objects(boxes[:1])]) == pytest.approx(1) and box_ap([], []) == 1
+    half = [objects([[20, 20, 30, 24]], [.9])], [objects([[20, 20, 30, 30]])] # overlap .4: corners are no widths
+    assert box_ap(*half) == mask_ap(*half) == 0
+    assert box_ap([objects([], []), TWO_SURE], [TWO, objects([])]) == 0 # in the other picture
     assert box_ap([objects([], [])], [TWO]) == 0 and box_ap([objects([], [])], [objects([])]) == 1
     assert box_ap([TWO_SURE], [objects([])]) == 0
     assert box_ap([objects(boxes, [.4, .4])], [objects([])]) == 1 # not sure of them
