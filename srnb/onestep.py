@@ -28,6 +28,7 @@ from .core import bicubic, generator, seed_of, write_json, write_table
 from .curation import fingerprint, make_bank
 from .data import PatchPool, embedded_photos, make_pair
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
+from .downstream import Agreement
 from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
@@ -346,7 +347,7 @@ class CTMSRRun(Patches):
     held_out:tuple[str, ...] = ()           # folders to report on; none: the embedded ones, or a share of photos
     size:int = 192                          # pixels of a held-out crop
     take:int = 0                            # the first photographs of each set only; 0: all
-    judges:tuple[Metric, ...] = (PSNR_Y, SSIM_Y, LSD, ST_LPIPS_ALEX, ST_LPIPS_VGG, CVVDP, PIQE)
+    judges:tuple[Metric|Agreement, ...] = (PSNR_Y, SSIM_Y, LSD, ST_LPIPS_ALEX, ST_LPIPS_VGG, CVVDP, PIQE)
     eval_m:int = 4                          # noise seeds of a held-out photograph
     blind:str|None = None                   # folder of pictures without ground truth: all are judged, eval_m seeds each
     loop:Loop = Loop(lr=5e-4, steps=1000, warmup=100, decay=.6, ema=.999, save_every=250, log_every=25)

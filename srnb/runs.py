@@ -36,6 +36,7 @@ from .curation import Group, WhenAsked, make_bank, read_group, score_bank, score
 from .data import (Photo, check_disjoint, embedded_photos, find_images, find_photos, make_pair, split_photos,
                        trim)
 from .degrade import RESSHIFT_TEST, Degradation
+from .downstream import Agreement
 from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .plan import check_whole
@@ -376,7 +377,7 @@ class Judging(Checked):
     "What ranks candidates, and what judges the result"
     reward:Reward|None = OFFLINE # ranks the candidates, and is reported; None: metrics alone
     m:int|None = None            # samples of a training crop; None: 8 if a choice needs them, otherwise none
-    judges:tuple[Metric, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
+    judges:tuple[Metric|Agreement, ...] = (PSNR_Y, ST_LPIPS_VGG) # reported beside the reward's own metrics
     eval_m:int = 8               # samples of a held-out photograph
     show:int = 0                 # held-out photographs whose samples go to the tracker at every checkpoint
     blind:str|None = None        # folder of pictures without ground truth: all are judged, eval_m samples each
