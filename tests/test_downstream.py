@@ -177,7 +177,10 @@ def test_the_reader_sees_red_as_red(monkeypatch):
     seen = []
     class Engine:
         def __init__(self, params): pass
-        def __call__(self, pixels, **options): seen.append(pixels) or setattr(self, "txts", None); return self # noqa: E702
+        def __call__(self, pixels, **options):
+            seen.append(pixels)
+            self.txts = None
+            return self
     import rapidocr
     monkeypatch.setattr(rapidocr, "RapidOCR", Engine)
     d._rapidocr.cache_clear()
