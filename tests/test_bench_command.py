@@ -5,6 +5,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,6 +21,7 @@ from srnb.command import main
 from srnb.core import bicubic, generator, quantize, read_image, read_run, write_image
 from srnb.judge import Unfit, bench, summarised, text_table
 from srnb.protocols import OSEDIFF, cut_truth
+from srnb.rewards import PSNR_Y, psnr_y, rgb
 from srnb.sources import Command, Folder, Model
 
 OWN = """
@@ -426,3 +428,31 @@ def test_names_of_sources(box):
     assert split_sources(["x=1", "a/b.tar/{set}/in", "n=x=1", "owner/net@v1"]) == {
         "x=1": "x=1", "in": "a/b.tar/{set}/in", "n": "x=1", "net@v1": "owner/net@v1"}
     with pytest.raises(ValueError, match="has no {sr}"): Command("up {lq}")
+
+
+def test_any_metric_stands_beside_the_protocol(box, capsys):
+    own = "lambda: lambda sr, gt: sr.double().mean((1, 2, 3))"
+    (box/"mine.py").write_text("from srnb.rewards import Metric\n"
+                               f"MEAN = Metric('mean', 'nr', True, {own})\n")
+    code, out, said = srnb(capsys, "good", "--measures", "psnr", "--also", "psnr_y,mine.py:MEAN")
+    assert code == 0, said
+    _, table = read_run("out")
+    wide = table[table.variant == "good"].pivot(index=["set", "image"], columns="metric", values="value")
+    assert [*wide] == ["mean", "psnr", "psnr_y"]
+    sr, gt = read_image("good/a/p2.png"), read_image("data/a/gt/p2.png")
+    assert wide.loc[("a", "p2"), "mean"] == pytest.approx(sr.mean().item(), abs=1e-6)
+    assert wide.loc[("a", "p2"), "psnr_y"] == pytest.approx(psnr_y(sr[None], gt, 4).item(), abs=1e-9) # its own border
+    assert "mean ↑" in out
+    for wrong, about in (("piq", "did you mean 'piqe'"), ("mine.py:NONE", "has no 'NONE'")):
+        code, _, said = srnb(capsys, "good", "--also", wrong, out="no")
+        assert code != 0 and about in " ".join(said) and not (box/"no").exists()
+
+
+def test_a_metric_as_a_measure():
+    m = protocols.measure_of(PSNR_Y)
+    assert (m.package, m.id, m.kind, m.higher_better, m.border) == ("metric", "psnr_y", "fr", True, 0)
+    for change, about in ((dict(higher_better=False), "psnr_y is"), (dict(channel=rgb), "own channel"),
+                          (dict(id="psnr_x"), "psnr_y")):
+        with pytest.raises(ValueError, match=about): replace(m, **change)
+    with pytest.raises(ValueError, match="no name that a record could give"):
+        protocols.measure_of(replace(PSNR_Y, name="of a session"))
