@@ -176,8 +176,11 @@ def test_the_reader_sees_red_as_red(monkeypatch):
     "rapidocr takes blue first"
     seen = []
     class Engine:
+        txts = None
         def __init__(self, params): pass
-        def __call__(self, pixels, **options): seen.append(pixels) or setattr(self, "txts", None); return self # noqa: E702
+        def __call__(self, pixels, **options):
+            seen.append(pixels)
+            return self
     import rapidocr
     monkeypatch.setattr(rapidocr, "RapidOCR", Engine)
     d._rapidocr.cache_clear()
