@@ -176,10 +176,10 @@ def test_the_reader_sees_red_as_red(monkeypatch):
     "rapidocr takes blue first"
     seen = []
     class Engine:
+        txts = None
         def __init__(self, params): pass
         def __call__(self, pixels, **options):
             seen.append(pixels)
-            self.txts = None
             return self
     import rapidocr
     monkeypatch.setattr(rapidocr, "RapidOCR", Engine)
