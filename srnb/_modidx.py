@@ -923,6 +923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'srnb.protocols._logged_cases': ('protocols.html#_logged_cases', 'srnb/protocols.py'),
                                 'srnb.protocols._members': ('protocols.html#_members', 'srnb/protocols.py'),
                                 'srnb.protocols._metric_of': ('protocols.html#_metric_of', 'srnb/protocols.py'),
+                                'srnb.protocols._named_metric': ('protocols.html#_named_metric', 'srnb/protocols.py'),
                                 'srnb.protocols._nr': ('protocols.html#_nr', 'srnb/protocols.py'),
                                 'srnb.protocols._octaves': ('protocols.html#_octaves', 'srnb/protocols.py'),
                                 'srnb.protocols._own_scorer': ('protocols.html#_own_scorer', 'srnb/protocols.py'),

@@ -376,7 +376,7 @@ def bench_parser()->argparse.ArgumentParser:
     p.add_argument("--sets", type=_names, metavar="A[,B...]", help="of the protocol; all that are there")
     p.add_argument("--measures", type=_names, metavar="A[,B...]", help="of the protocol; all of them")
     p.add_argument("--also", type=_names, metavar="A[,B...]", default=[],
-        help="further columns: metrics of srnb.rewards by name, such as st_lpips_vgg, or path/to/file.py:NAME")
+        help="further columns: metrics by name, such as st_lpips_vgg or ocr_ppocrv6, or path/to/file.py:NAME")
     p.add_argument("--available", action="store_true", help="leave out, by name, measures that cannot be computed here")
     p.add_argument("--common", action="store_true", help="compare the pictures that all sources have")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
@@ -485,9 +485,10 @@ def run_bench(
     if not words:
         print(describe(protocol))
         return 0
+    from srnb.downstream import Agreement
     from srnb.judge import Unfit, bench
     from srnb.rewards import Metric
-    with _blaming("--also"): also = [coerced(o, Metric, "metric") for o in args.also]
+    with _blaming("--also"): also = [coerced(o, Metric|Agreement, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
     try:
         with redirect_stdout(sys.stderr): # lines about progress

@@ -28,6 +28,7 @@ from fnmatch import fnmatch
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
+from typing import Union
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ class Measure:
             raise ValueError(f"measure {self.name}: {self.id} cannot be called like this ({e}); "
                              "psnr and ssim take a channel, and options are its other arguments") from e
     def _check_named(self)->None: # a Metric, which has all that it takes
-        found = coerced(self.id, Metric, f"measure {self.name}")
+        found = _named_metric(self.id)
         if self.channel is not None or self.options:
             raise ValueError(f"measure {self.name}: a Metric has its own channel and arguments: leave channel None and "
                              "options empty")
@@ -112,6 +113,9 @@ def _function(id:str)->Callable|None: # of room 20
     found = vars(sys.modules[Metric.__module__]).get(id)
     return found if callable(found) and not id.startswith("_") else None
 
+def _named_metric(id:str)->Metric: # of room 20, of a later room's kind, or of the reader's own file
+    return coerced(id, Union[(Metric, *Metric.__subclasses__())], "measure")
+
 def _own_scorer(m:Measure)->Callable: # of a function of room 20
     function = _function(m.id)
     dtype = getattr(torch, m.dtype)
@@ -134,7 +138,7 @@ def _cropped_scorer(m:Measure, inner:Metric)->Callable:
 def _metric_of(m:Measure)->Metric:
     if m.package == "srnb":
         return Metric(m.variant, m.kind, m.higher_better, functools.partial(_own_scorer, m))
-    if m.package == "metric": inner = coerced(m.id, Metric, f"measure {m.id}")
+    if m.package == "metric": inner = _named_metric(m.id)
     else: inner = pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
     return Metric(m.variant, m.kind, m.higher_better, functools.partial(_cropped_scorer, m, inner), inner.needs)
 

@@ -19,6 +19,7 @@ from srnb import judge, protocols
 from srnb.baselines import bicubic_x4
 from srnb.command import main
 from srnb.core import bicubic, generator, quantize, read_image, read_run, write_image
+from srnb.downstream import OCR
 from srnb.judge import Unfit, bench, summarised, text_table
 from srnb.protocols import OSEDIFF, cut_truth
 from srnb.rewards import PSNR_Y, psnr_y, rgb
@@ -451,6 +452,7 @@ def test_any_metric_stands_beside_the_protocol(box, capsys):
 def test_a_metric_as_a_measure():
     m = protocols.measure_of(PSNR_Y)
     assert (m.package, m.id, m.kind, m.higher_better, m.border) == ("metric", "psnr_y", "fr", True, 0)
+    assert protocols.measure_of(OCR).id == "ocr_ppocrv6" and "rapidocr" in protocols.measure_of(OCR).metric().version
     for change, about in ((dict(higher_better=False), "psnr_y is"), (dict(channel=rgb), "own channel"),
                           (dict(id="psnr_x"), "psnr_y")):
         with pytest.raises(ValueError, match=about): replace(m, **change)
