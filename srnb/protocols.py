@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from .colour import Colour
-from .config import coerced, name_of
+from .config import coerced, from_file, name_of, own_file
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
 from .rewards import Metric, MetricMismatch, MetricUnavailable, luma_studio, luma_studio_whole, pyiqa_metric
@@ -101,7 +101,12 @@ class Measure:
 
     def metric(self)->Metric:
         "The metric of this variant, for `score`; the same object at every call"
-        return _metric_of(replace(self, name="", logged="", tolerance=None, left_open="")) # which compute nothing
+        found = _named(self.id) if self.package == "metric" else None
+        return _metric_of(_plain(self), found)
+
+@functools.cache
+def _plain(m:Measure)->Measure: # without what computes nothing
+    return replace(m, name="", logged="", tolerance=None, left_open="")
 
 def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
     h, w = images.shape[-2:]
@@ -130,12 +135,14 @@ def _cropped_scorer(m:Measure, inner:Metric)->Callable:
         with torch.autocast(sr.device.type, torch.float16): return scorer(_cropped(sr, m.border), gt)
     return cropped
 
+def _named(id:str)->Metric: # that of a file as it was when it was last named, and not as it is now
+    return from_file(id, "measure", again=False) if own_file(id) else coerced(id, Metric, "measure")
+
 @functools.cache
-def _metric_of(m:Measure)->Metric:
+def _metric_of(m:Measure, named:Metric|None)->Metric:
     if m.package == "srnb":
         return Metric(m.variant, m.kind, m.higher_better, functools.partial(_own_scorer, m))
-    if m.package == "metric": inner = coerced(m.id, Metric, f"measure {m.id}")
-    else: inner = pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
+    inner = named or pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
     return Metric(m.variant, m.kind, m.higher_better, functools.partial(_cropped_scorer, m, inner), inner.needs)
 
 def measure_of(
@@ -755,6 +762,7 @@ def find_pictures(
     sets:Sequence[str]|None=None, # names; None: all that are there; a single one may lie in plain folders lq and gt
 )->tuple[list[Picture], list[str]]: # by set, sorted by id; and remarks for people
     "The pictures of a protocol; ValueError names every file that cannot be used before anything is computed"
+    if len({*(sets or ())}) < len(sets or ()): raise ValueError(f"sets must be named once each, got {', '.join(sets)}")
     remarks, found, bad = [], [], []
     there = pictures_in(data, remarks.append)
     data = Path(data).resolve()
