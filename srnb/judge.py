@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Job', 'judged', 'Unfit', 'measures_here', 'Entry', 'identity_of', 'as_source', 'told_by_answers', 'entered',
-           'run_programs', 'keep_common', 'read_output', 'kept_output', 'package_version', 'jobs_of', 'summarised',
-           'text_table', 'markdown_table', 'published_lines', 'chosen_pictures', 'write_crops', 'said_of', 'costs',
-           'cost_table', 'bench', 'compare_upscalers']
+           'forget_outputs', 'run_programs', 'keep_common', 'read_output', 'kept_output', 'package_version', 'jobs_of',
+           'summarised', 'text_table', 'markdown_table', 'published_lines', 'chosen_pictures', 'write_crops', 'said_of',
+           'costs', 'cost_table', 'bench', 'compare_upscalers']
 
 # %% ../nbs/52_judge.ipynb #52-judge-003
 import csv
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -31,13 +32,14 @@ from .core import (bicubic, check_images, decode_image, generator, open_run, pro
 from .cost import FORMS, cost_of
 from .data import make_pair
 from .degrade import Degradation
+from .files import files_below
 from .look import data_uri
 from .metrics import interval
 from .protocols import (Measure, Picture, Protocol, TestSet, find_pictures, mean_over_pictures,
                             measure_of, missing_measures, pair_key, score_picture)
 from .rewards import Metric, check_available, score_group
 from .sources import (Command, Folder, Found, Model, Source, check_model, command_identity, files_for, listed,
-                          look_through, plain_model, run_program, written)
+                          look_through, plain_model, run_program)
 
 # %% ../nbs/52_judge.ipynb #52-judge-011
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ def measures_here(
     known = {m.name: m for m in protocol.measures}
     if odd := [o for o in chosen or () if o not in known]:
         raise ValueError(f"protocol {protocol.name} has no measure {odd[0]!r}; {nearest(odd[0], known)}")
+    if len({*(chosen or ())}) < len(chosen or ()):
+        raise ValueError(f"measures must be named once each, got {', '.join(chosen)}")
     wanted = protocol.measures if chosen is None else [known[o] for o in chosen]
-    lacking = {n: " ".join(o.partition("Failed with ")[2].partition(" Its weights")[0].split()) or o
-               for n, o in missing_measures(wanted).items()} # one sentence of several
+    lacking = missing_measures(wanted)
     return [m for m in wanted if m.name not in lacking], lacking
 
 # %% ../nbs/52_judge.ipynb #52-judge-015
@@ -156,7 +159,7 @@ def entered(
     entry = Entry(protocol, _named(sources, baseline, protocol.scale), {}, [], Path(out), device)
     entry.measures, lacking = measures_here(protocol, measures)
     for n, why in lacking.items():
-        said = f"measure {n} cannot be computed here: {why.rstrip('.')}"
+        said = f"measure {n} cannot be computed here: {why}"
         if available: entry.remarks.append(f"{said}; it is left out")
         else: entry.wrong.append(f"{said}; --available leaves it out")
     if not entry.measures: entry.wrong.append(f"no measure of {protocol.name} can be computed here")
@@ -199,6 +202,21 @@ def _named(sources:Mapping, baseline:str, scale:int)->dict[str, Source]: # with 
     return named
 
 # %% ../nbs/52_judge.ipynb #52-judge-018
+def forget_outputs(
+    entry:Entry,
+)->None:
+    "Take away the kept outputs that were made of other inputs, and note of which those to come are made"
+    for name, source in entry.sources.items():
+        if isinstance(source, Folder) or name == "bicubic": continue
+        for s, pictures in entry.sets.items():
+            folder, now = entry.outputs(name, s), {p.id: p.sha256["lq"] for p in pictures}
+            note = folder.parent/f"{s}.json"
+            before = json.loads(note.read_text()) if note.exists() else {}
+            other = {o for k, v in now.items() if before.get(k) != v for o in (pair_key(k), _file_stem(k))}
+            for f in files_below(folder) if other and folder.is_dir() else ():
+                if {pair_key(f.stem), re.sub(r"_seed\d+$", "", f.stem)} & other: f.unlink()
+            write_json(note, before | now)
+
 def run_programs(
     entry:Entry,
     common:bool,
@@ -210,9 +228,10 @@ def run_programs(
             folder = entry.outputs(name, s)
             if failed := run_program(source, pictures, folder, folder.parent/f"{s}.log", f"{name}, {s}"):
                 (entry.remarks if common else entry.wrong).append(f"{name}, {s}: {failed}; the same call goes on")
-            files = {p.id: f for p in pictures if (f := written(folder).get(pair_key(p.id)))} if not failed or common \
-                else {}
-            if files: entry.look(name, s, files, Found(), common)
+            found, ids = Found(), [p.id for p in pictures]
+            files = files_for(Folder(str(folder)), s, False, ids, found) if not failed or common else {}
+            if files: entry.look(name, s, files, found, common)
+            elif found.wrong: entry.wrong += [f"{name}, {s}: {o}" for o in found.wrong]
             elif not failed or common: entry.wrong.append(f"{name}, {s}: it has written no picture")
     if entry.wrong: raise Unfit(entry.wrong)
 
@@ -247,13 +266,24 @@ def read_output(
 
 def kept_output(entry:Entry, name:str, p:Picture, seed:int)->Path:
     "Where an output lies that was made here, for people and for the page of crops"
-    return entry.outputs(name, p.set)/f"{_slug(p.id)}{f'_seed{seed}' if seed else ''}.png"
+    return entry.outputs(name, p.set)/f"{_file_stem(p.id)}{f'_seed{seed}' if seed else ''}.png"
+
+def _file_stem(id:str)->str: # of an output, of no other picture
+    return id if _slug(id) == id else f"{_slug(id)}-{seed_of(id):016x}"
 
 def package_version(
     m:Measure,
 )->str:
-    "Which version of its package computes a measure here"
-    return m.metric().version if m.package != "srnb" else ""
+    "Which version of its package computes a measure here, and which text of the reader's own file"
+    if m.package == "srnb": return f"srnb {versions().get('srnb', '')} {_own_code(m.channel)}".strip()
+    return " ".join([m.metric().version, *(own_files(m.id).values() if m.package == "metric" else ())]).strip()
+
+def _own_code(function:Callable|None)->str: # what tells a function of the reader's own from others; of ours nothing
+    module = getattr(function, "__module__", None) or "" # that of a file is called by its hash
+    if function is None or module.startswith("srnb."): return ""
+    code = getattr(function, "__code__", None)
+    said = code and (code.co_code, code.co_names, [o for o in code.co_consts if not hasattr(o, "co_code")])
+    return f"{module} {hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
 
 def jobs_of(
     entry:Entry,
@@ -266,7 +296,7 @@ def jobs_of(
     for s, pictures in entry.sets.items():
         measures = entry.measures_of(s)
         rules = [f"{m.variant} {package_version(m)}" for m in measures]
-        rules += [str(p8.eight_bit), getattr(p8.crop, "__name__", "none")]
+        rules += [str(p8.eight_bit), getattr(p8.crop, "__name__", "none"), _own_code(p8.crop)]
         for p in pictures:
             shas = [p.sha256[k] for k in ("lq", "gt") if k in p.sha256]
             for name, source in entry.sources.items():
@@ -579,6 +609,7 @@ def bench(
     for o in entry.remarks: say(o)
     told = len(entry.remarks)
     open_run(entry.out, _record(entry, seeds, baseline), _FREE)
+    forget_outputs(entry)
     run_programs(entry, common)
     if common: keep_common(entry)
     for o in entry.remarks[told:]: say(o)

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from .colour import Colour
-from .config import coerced, name_of
+from .config import coerced, from_file, name_of, own_file
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
 from .rewards import Metric, MetricMismatch, MetricUnavailable, luma_studio, luma_studio_whole, pyiqa_metric
@@ -81,7 +81,7 @@ class Measure:
             raise ValueError(f"measure {self.name}: {self.id} cannot be called like this ({e}); "
                              "psnr and ssim take a channel, and options are its other arguments") from e
     def _check_named(self)->None: # a Metric, which has all that it takes
-        found = _named_metric(self.id)
+        found = _named(self.id)
         if self.channel is not None or self.options:
             raise ValueError(f"measure {self.name}: a Metric has its own channel and arguments: leave channel None and "
                              "options empty")
@@ -102,7 +102,12 @@ class Measure:
 
     def metric(self)->Metric:
         "The metric of this variant, for `score`; the same object at every call"
-        return _metric_of(replace(self, name="", logged="", tolerance=None, left_open="")) # which compute nothing
+        found = _named(self.id) if self.package == "metric" else None
+        return _metric_of(_plain(self), found)
+
+@functools.cache
+def _plain(m:Measure)->Measure: # without what computes nothing
+    return replace(m, name="", logged="", tolerance=None, left_open="")
 
 def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
     h, w = images.shape[-2:]
@@ -112,9 +117,6 @@ def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
 def _function(id:str)->Callable|None: # of room 20
     found = vars(sys.modules[Metric.__module__]).get(id)
     return found if callable(found) and not id.startswith("_") else None
-
-def _named_metric(id:str)->Metric: # of room 20, of a later room's kind, or of the reader's own file
-    return coerced(id, Union[(Metric, *Metric.__subclasses__())], "measure")
 
 def _own_scorer(m:Measure)->Callable: # of a function of room 20
     function = _function(m.id)
@@ -134,12 +136,15 @@ def _cropped_scorer(m:Measure, inner:Metric)->Callable:
         with torch.autocast(sr.device.type, torch.float16): return scorer(_cropped(sr, m.border), gt)
     return cropped
 
+def _named(id:str)->Metric: # of room 20, or of a later room's kind; of a file as it was when it was last named
+    kinds = Union[(Metric, *Metric.__subclasses__())]
+    return from_file(id, "measure", again=False) if own_file(id) else coerced(id, kinds, "measure")
+
 @functools.cache
-def _metric_of(m:Measure)->Metric:
+def _metric_of(m:Measure, named:Metric|None)->Metric:
     if m.package == "srnb":
         return Metric(m.variant, m.kind, m.higher_better, functools.partial(_own_scorer, m))
-    if m.package == "metric": inner = _named_metric(m.id)
-    else: inner = pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
+    inner = named or pyiqa_metric(m.id, m.kind, m.higher_better, **dict(m.options))
     return Metric(m.variant, m.kind, m.higher_better, functools.partial(_cropped_scorer, m, inner), inner.needs)
 
 def measure_of(
@@ -759,6 +764,7 @@ def find_pictures(
     sets:Sequence[str]|None=None, # names; None: all that are there; a single one may lie in plain folders lq and gt
 )->tuple[list[Picture], list[str]]: # by set, sorted by id; and remarks for people
     "The pictures of a protocol; ValueError names every file that cannot be used before anything is computed"
+    if len({*(sets or ())}) < len(sets or ()): raise ValueError(f"sets must be named once each, got {', '.join(sets)}")
     remarks, found, bad = [], [], []
     there = pictures_in(data, remarks.append)
     data = Path(data).resolve()
@@ -856,7 +862,9 @@ def missing_measures(
     missing = {}
     for m in measures:
         try: scorer_of(m.metric())
-        except (MetricUnavailable, MetricMismatch) as e: missing[m.name] = str(e)
+        except (MetricUnavailable, MetricMismatch) as e: # what failed, and the file that is wanted
+            why = str(e).partition("Failed with ")[2].partition(" Its weights")[0] or str(e)
+            missing[m.name] = " ".join(why.split()).rstrip(".")
     return missing
 
 def _drawn_differs()->list[str]: # names of drawn pictures that are not those whose numbers are known

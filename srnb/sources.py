@@ -149,7 +149,7 @@ def files_for(
     for n, r in there.items(): by_key.setdefault(pair_key(PurePosixPath(n).stem), []).append((n, r))
     if twice := [[n for n, _ in o] for k, o in by_key.items() if k in key and len(o) > 1]:
         found.wrong.append(f"several files for one picture ({len(twice)} of {len(ids)}), such as {listed(twice[0])}; "
-                           "name the folder that holds one of each")
+                           "leave one of each, or name the folder that holds it")
     if extra := [n for k, o in by_key.items() if k not in key for n, _ in o]:
         found.remarks.append(f"extra ({len(extra)}), of no picture of {set}, left out: {listed(extra)}")
     return {key[k]: o[0] for k, o in by_key.items() if k in key and len(o) == 1}

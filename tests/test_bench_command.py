@@ -458,3 +458,91 @@ def test_a_metric_as_a_measure():
         with pytest.raises(ValueError, match=about): replace(m, **change)
     with pytest.raises(ValueError, match="no name that a record could give"):
         protocols.measure_of(replace(PSNR_Y, name="of a session"))
+
+
+NEAREST = """import os, sys
+from PIL import Image
+lq, sr = sys.argv[1:3]
+for n in os.listdir(lq):
+    im = Image.open(os.path.join(lq, n))
+    im.resize((4*im.width, 4*im.height), 0).save(os.path.join(sr, n))
+"""
+
+
+def psnr_of(out, variant): return read_run(out)[1].query("metric == 'psnr' and variant == @variant").value.tolist()
+
+
+def test_other_inputs_make_other_outputs(box, capsys): # of a program, too
+    (box/"up.py").write_text(NEAREST)
+    line = f"x=cmd:{sys.executable} up.py {{lq}} {{sr}}"
+    assert srnb(capsys, line, "--sets", "a")[0] == 0
+    for i in range(4): # all but the last
+        write_image(f"data/a/lq/p{i}.png", drawn(i+50)[0])
+        write_image(f"data/a/gt/p{i}.png", drawn(i+50)[1])
+    kept = next(box.glob("out/outputs/x-*/a/p4.png")).stat().st_mtime_ns
+    assert srnb(capsys, line, "--sets", "a")[0] == 0 and srnb(capsys, line, "--sets", "a", out="new")[0] == 0
+    assert psnr_of("out", "x") == psnr_of("new", "x")
+    assert next(box.glob("out/outputs/x-*/a/p4.png")).stat().st_mtime_ns == kept
+
+
+def test_crops_show_what_was_scored(toy, box): # after other inputs of the same names, and back
+    def call(): bench(toy, {"x": Model(lambda lq, seed: bicubic_x4(lq), "x")}, "out", "data", ["a"], say=str, show=str)
+    call()
+    page = (box/"out/crops.html").read_text()
+    shutil.copytree("data", "first")
+    for i in range(5): write_image(f"data/a/lq/p{i}.png", drawn(i+50)[0])
+    call()
+    shutil.rmtree("data")
+    shutil.copytree("first", "data")
+    call()
+    assert (box/"out/crops.html").read_text() == page
+
+
+def test_a_program_writes_one_file_a_picture(box, capsys):
+    (box/"up.py").write_text(NEAREST + "    os.makedirs(sr + '/grid', exist_ok=True)\n    im.resize((4*im.width, "
+                             "4*im.height), 3).save(os.path.join(sr, 'grid', n))\n")
+    code, out, said = srnb(capsys, f"x=cmd:{sys.executable} up.py {{lq}} {{sr}}", "--sets", "a")
+    assert code == 1 and not out
+    assert any("several files for one picture (5 of 5), such as grid/p0.png, p0.png" in o for o in said), said
+
+
+METRIC = """from srnb.rewards import Metric
+MINE = Metric("mine", "nr", True, lambda: lambda sr, gt: sr.mean((1, 2, 3)).double() + PLUS)
+"""
+PROTOCOL = """from dataclasses import replace
+from srnb.protocols import OSEDIFF, Layout, Protocol, TestSet, mean_over_pictures
+from srnb.rewards import luma_studio, rgb
+def channel(x): return CHANNEL(x)
+def cut(sr, gt): return sr[..., CUT:], gt[..., CUT:]
+SETS = TestSet("a", 5, None, 4, (Layout("a/lq", "a/gt"),), True, "drawn", "CC0"),
+OWN = replace(OSEDIFF, name="own", sets=SETS, crop=cut, measures=(replace(OSEDIFF.measures[0], channel=channel),),
+              published=())
+"""
+
+
+def test_an_own_file_that_has_changed_is_another(box, capsys):
+    for i, plus in enumerate(("0", "5")):
+        (box/"mine.py").write_text(METRIC.replace("PLUS", plus))
+        assert srnb(capsys, "x=good", "--also", "mine.py:MINE")[0] == 0
+        mine = read_run("out")[1].query("metric == 'mine'")
+        assert (mine.value > 5).all() == bool(i)
+    for i, (channel, cut) in enumerate((("luma_studio", "0"), ("rgb", "0"), ("rgb", "40"))):
+        (box/"proto.py").write_text(PROTOCOL.replace("CHANNEL", channel).replace("CUT", cut))
+        for out in ("one", f"new{i}"):
+            assert run(capsys, "proto.py:OWN", "x=good/a", "--data", "data", "-o", out)[0] == 0
+        assert psnr_of("one", "x") == psnr_of(f"new{i}", "x")
+    assert psnr_of("new0", "x") != psnr_of("new1", "x") != psnr_of("new2", "x")
+
+
+def test_a_number_belongs_to_a_version_of_srnb(box, capsys, monkeypatch):
+    assert srnb(capsys, "x=good")[0] == 0
+    calls = scored(monkeypatch)
+    assert srnb(capsys, "x=good")[0] == 0 and not calls
+    monkeypatch.setattr(judge, "versions", lambda: dict(srnb="99.0"))
+    assert srnb(capsys, "x=good")[0] == 0 and len(calls) == 20
+
+
+@pytest.mark.parametrize("more", [("--sets", "a,a"), ("--measures", "psnr,psnr"), ("--also", "piqe,piqe")])
+def test_a_name_stands_once(box, capsys, more):
+    code, out, said = srnb(capsys, "x=good", *more)
+    assert code == 1 and not out and any("once each" in o or "has one name" in o for o in said), said
