@@ -235,6 +235,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'srnb.command._names': ('command.html#_names', 'srnb/command.py'),
                               'srnb.command._policy': ('command.html#_policy', 'srnb/command.py'),
                               'srnb.command._ready': ('command.html#_ready', 'srnb/command.py'),
+                              'srnb.command._sampling': ('command.html#_sampling', 'srnb/command.py'),
                               'srnb.command._source': ('command.html#_source', 'srnb/command.py'),
                               'srnb.command._trained_with': ('command.html#_trained_with', 'srnb/command.py'),
                               'srnb.command._upscale_all': ('command.html#_upscale_all', 'srnb/command.py'),

@@ -419,11 +419,14 @@ def check_bench(
     "Usage for what no protocol takes"
     name, sources = args.protocol, split_sources(args.sources)
     own = (name or "").rpartition(":")[0].endswith(".py")
+    if (name or "").endswith(".py"): raise Usage(f"{name}: say which protocol of the file is meant, by {name}:NAME")
     if name is not None and not own and name not in _PROTOCOLS:
         close = difflib.get_close_matches(name.lower(), _PROTOCOLS, 1, .5)
         raise Usage(f"there is no protocol {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}there is "
                     f"{', '.join(_PROTOCOLS)}, path/to/file.py:NAME")
     if args.check and name is None: raise Usage("--check needs a protocol")
+    idle = [o for o in ("out", "sets", "also", "available", "common", "by", "speed") if getattr(args, o)]
+    if args.check and idle: raise Usage(f"--{idle[0]} has no sense with --check, which takes --data and --measures")
     if args.check and sources: raise Usage("--check takes no sources; it reads the known outputs in --data")
     if sources and args.data is None:
         raise Usage(f"name the folder of pictures by --data; srnb bench {name} says what it should look like")
@@ -454,6 +457,11 @@ def _source(word:str, args:argparse.Namespace, protocol): # srnb.sources.Source
         return policy_model(_policy(line), colour, args.steps, None, SAMPLERS.get(args.sampler), args.prompt)
     with _blaming(word): return source_of(word, policy)
 
+def _sampling(args:argparse.Namespace)->list[str]: # options given that a policy alone reads
+    usual = bench_parser().parse_args([])
+    names = "seed steps sampler color_fix color_strength color_linear dtype control prompt guidance tile_vae".split()
+    return [f"--{o.replace('_', '-')}" for o in names if getattr(args, o) != getattr(usual, o)]
+
 def _holds_adapter(folder:str)->bool: # and no policy of its own
     files = ("adapter/adapter_config.json", "adapter_config.json")
     own = ("policy.json", "policy/policy.json", "model_index.json")
@@ -477,7 +485,11 @@ def run_bench(
         protocol = from_file(args.protocol, "protocol") if own_file(args.protocol) else known[args.protocol]
         if not isinstance(protocol, Protocol): raise ValueError(f"a {type(protocol).__name__}, and no Protocol")
     if args.check:
-        with redirect_stdout(sys.stderr): table = check_protocol(protocol, args.data)
+        from dataclasses import replace
+        if odd := [o for o in args.measures or () if o not in {m.name for m in protocol.measures}]:
+            raise Usage(f"--measures: protocol {protocol.name} has no {odd[0]!r}")
+        chosen = tuple(m for m in protocol.measures if args.measures is None or m.name in args.measures)
+        with redirect_stdout(sys.stderr): table = check_protocol(replace(protocol, measures=chosen), args.data)
         print(check_report(table))
         done = [o for o in table.holds if o is not None and o == o] # NaN stands for None in a table of pandas
         if not done: tell(f"srnb bench: no golden number of {protocol.name} could be computed here")
@@ -488,18 +500,23 @@ def run_bench(
     from srnb.downstream import Agreement
     from srnb.judge import Unfit, bench
     from srnb.rewards import Metric
+    from srnb.sources import Model
     with _blaming("--also"): also = [coerced(o, Metric|Agreement, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
+    if not any(isinstance(o, Model) and o.draws for o in sources.values()) and (idle := _sampling(args)):
+        raise Usage(f"{idle[0]}: none of the sources is a policy, so there is nothing that would read it; outputs and "
+                    "other models are taken as they are")
     try:
-        with redirect_stdout(sys.stderr): # lines about progress
+        with redirect_stdout(sys.stderr), warnings.catch_warnings(): # lines about progress
+            warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others
             bench(protocol, sources, args.out, args.data, args.sets, args.measures, args.available, args.seed,
                   args.baseline, args.speed, args.device, args.common, args.by, tell,
                   lambda text: print(text, file=out), also=also)
     except Unfit as e:
-        tell(f"srnb bench: nothing is compared, for {len(e.lines)} reasons and remarks:")
-        for o in e.lines: tell(o)
+        tell(f"srnb bench: nothing is compared, for {len(e.wrong)} reason{'s'*(len(e.wrong) > 1)}:")
+        for o in (*e.wrong, *(["remarks:"] if e.remarks else []), *e.remarks): tell(o)
         return 1
-    tell(f"{args.out}: table.csv, table.md, metrics.parquet, config.json, crops.html")
+    tell(f"{args.out}: table.csv, table.md, metrics.parquet, config.json, crops.html" + ", cost.parquet"*args.speed)
     return 0
 
 # %% ../nbs/62_command.ipynb #62-command-019

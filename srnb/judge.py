@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .baselines import bicubic_x4
-from .config import nearest, own_files, record
+from .config import coerced, nearest, own_files, record
 from .core import (bicubic, check_images, decode_image, generator, open_run, progress, quantize, read_image,
                        replace_file, seed_of, versions, write_image, write_json, write_table)
 from .cost import FORMS, cost_of
@@ -63,10 +63,11 @@ def judged(
 class Unfit(ValueError):
     "Everything that is wrong with what was to be compared, a line each"
     def __init__(self,
-        lines:Sequence[str], # sentences
+        wrong:Sequence[str],      # sentences
+        remarks:Sequence[str]=(), # of what is not wrong
     ):
-        self.lines = list(lines)
-        super().__init__("\n".join(self.lines))
+        self.wrong, self.remarks = list(wrong), list(remarks)
+        super().__init__("\n".join([*self.wrong, *self.remarks]))
 
 def measures_here(
     protocol:Protocol,
@@ -183,7 +184,7 @@ def entered(
             except Exception as e: # whatever somebody's function provokes
                 said = " ".join(str(e).split())
                 entry.wrong.append(said if said.startswith(name) else f"{name} fails: {type(e).__name__}: {said}")
-    if entry.wrong: raise Unfit([*entry.wrong, *entry.remarks])
+    if entry.wrong: raise Unfit(entry.wrong, entry.remarks)
     return entry
 
 def _named(sources:Mapping, baseline:str, scale:int)->dict[str, Source]: # with bicubic first
@@ -439,6 +440,12 @@ def published_lines(
         methods = listed((o.method for o in rows if o.n == n), 4)
         reason = why or f"they are means over {n or 'an unknown number of'} pictures, these are {len(pictures)}"
         lines.append(f"{set.name}: published numbers ({methods}) are not comparable: {reason}")
+    logged, ids = set.logged(), {p.id for p in pictures}
+    if not same and not differ and ids <= {*logged}:
+        means = {m.name: mean_over_pictures([logged[i][m.variant] for i in ids]) for m in protocol.measures
+                 if all(m.variant in logged[i] for i in ids)}
+        said = ", ".join(f"{n} {_number(v)}" for n, v in means.items())
+        lines.append(f"{set.name}: for these {len(ids)} pictures the authors logged ({set.made_by()}) {said}")
     return lines
 
 # %% ../nbs/52_judge.ipynb #52-judge-029
@@ -581,7 +588,7 @@ def cost_table(
     return "\n".join([*lines, *_lined(rows, 120), *(f"  {o.name}: as {o.source}. {o.left_open}" for o in FORMS)])
 
 def bench(
-    protocol:Protocol,
+    protocol:Protocol,    # or its name
     sources:Mapping,      # name -> Folder, Model, Command, or a function (1,3,h,w) -> (1,3,H,W)
     out:str|Path,         # the benchmark's folder; made, or continued
     data:str|Path,        # folder or archive with the protocol's pictures; nothing is downloaded
@@ -600,6 +607,7 @@ def bench(
 )->pd.DataFrame:          # set, image, seed, metric, variant, value
     "Compare sources on a protocol; Unfit says all that is wrong before anything is computed"
     if not seeds or len({*seeds}) < len(seeds): raise ValueError(f"seeds must be named once each, got {list(seeds)}")
+    protocol = coerced(protocol, Protocol, "protocol")
     if also:
         measures = None if measures is None else [*measures, *(m.name for m in also)]
         protocol = replace(protocol, measures=(*protocol.measures, *map(measure_of, also)))
@@ -619,6 +627,8 @@ def bench(
         cost = costs(entry)
         write_table(entry.out/"cost.parquet", cost)
         show("\n" + cost_table(cost))
+        text = f"{(entry.out/'table.md').read_text(encoding='utf-8')}\n```\n{cost_table(cost)}\n```\n"
+        replace_file(entry.out/"table.md", lambda tmp: Path(tmp).write_text(text, encoding="utf-8"))
     return table
 
 def _write(entry:Entry, table:pd.DataFrame, seeds, baseline:str, measure:Measure, say:Callable, show:Callable)->None:

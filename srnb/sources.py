@@ -164,6 +164,8 @@ def colours_of(
         if im.format == "TIFF": deep = deep or max(im.tag_v2.get(258, (8,))) > 8
         names = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "RGBA": "alpha"}
         if deep: return "more than 8 bits a channel"
+        if getattr(im, "n_frames", 1) > 1: return "several frames"
+        if im.getexif().get(274, 1) != 1: return "turned by EXIF"
         if im.has_transparency_data and im.mode in ("P", "RGB", "L"): return "transparent colour"
         return "" if im.mode == "RGB" else names.get(im.mode, im.mode)
 
@@ -183,7 +185,7 @@ def look_through(
     rule:str|None=None, # name of the function that brings outputs of another size to the truth's; None: there is none
 )->Found:
     "Read every output once and say everything that is wrong"
-    sizes, colours, pixels, kept = {}, {}, {}, {}
+    sizes, colours, pixels, kept, lossy = {}, {}, {}, {}, []
     truth = inputs = bool(files)
     for p in progress(pictures, "outputs looked through"):
         if p.id not in files:
@@ -193,6 +195,7 @@ def look_through(
         try:
             data = read()
             if colour := colours_of(data): colours[name] = colour
+            if data[:2] == b"\xff\xd8": lossy.append(name)
             sr = opened(data) if colour else decode_image(data, name)
         except Exception as e: # every reader fails in its own way
             why = " ".join(str(e).split()).removeprefix(f"{name}: ")[:80] or type(e).__name__
@@ -218,6 +221,8 @@ def look_through(
         rows = [f"{n} ({o})" for n, o in colours.items()]
         found.wrong.append(f"not 8-bit RGB ({len(rows)} of {len(pictures)}): {listed(rows)}; convert these as the "
                            "method's own script would")
+    if lossy: found.remarks.append(f"JPEG ({len(lossy)} of {len(pictures)}): {listed(lossy, 1)}; a JPEG file has lost "
+                                   "some of the output since it was made")
     for same in pixels.values():
         if len(same) > 1 and len({p.sha256["lq"] for p in same}) > 1:
             found.wrong.append(f"{len(same)} inputs have one and the same output: {listed(p.id for p in same)}; it "
