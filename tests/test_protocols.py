@@ -246,16 +246,16 @@ def test_dtype_of_a_pyiqa_metric_is_its_autocast(monkeypatch):
     fake = protocols.Metric("fake", "nr", True, build)
     for dtype in ("float32", "float16"):
         m = replace(NIQE, dtype=dtype)
-        protocols._pyiqa_scorer(m, fake)(torch.zeros(1, 3, 8, 8), None)
+        protocols._cropped_scorer(m, fake)(torch.zeros(1, 3, 8, 8), None)
     assert seen == [False, True]
 
 def test_the_border_is_cut_before_pyiqas_metrics():
     sizes = []
     fake = protocols.Metric("fake", "nr", True, lambda: lambda sr, gt: sizes.append(tuple(sr.shape)) or torch.zeros(1))
-    protocols._pyiqa_scorer(replace(NIQE, border=3), fake)(torch.zeros(1, 3, 16, 20), None)
+    protocols._cropped_scorer(replace(NIQE, border=3), fake)(torch.zeros(1, 3, 16, 20), None)
     assert sizes == [(1, 3, 10, 14)]
     with pytest.raises(ValueError, match="leaves nothing"):
-        protocols._pyiqa_scorer(replace(NIQE, border=8), fake)(torch.zeros(1, 3, 16, 20), None)
+        protocols._cropped_scorer(replace(NIQE, border=8), fake)(torch.zeros(1, 3, 16, 20), None)
 
 def test_every_field_of_a_set_counts(tmp_path):
     pair(pair(tmp_path, "x", 0), "y", 1)
@@ -342,6 +342,18 @@ def test_a_set_without_truth_and_a_folder_that_is_the_set(tmp_path):
         assert [o.id for o in pictures] == ["a", "b"] and pictures[0].gt is None
         assert any("2 pictures, the published set has 65" in o for o in remarks)
     with pytest.raises(ValueError, match="has no gt"): pictures[0].read_gt()
+
+def test_outputs_beside_a_set_are_not_its_inputs(tmp_path): # in a folder that is called as the set is
+    put(tmp_path, RealSet65__lq__a=png(), results__RealSet65__a=png((64, 80)))
+    pictures, _ = find_pictures(replace(RESSHIFT, sets=(REALSET65,)), tmp_path)
+    assert [tuple(p.read_lq().shape) for p in pictures] == [(3, 16, 20)]
+
+@pytest.mark.parametrize("folders", [("one__RealSet65", "two__RealSet65"), ("RealSet65", "results__RealSet65")])
+def test_a_set_lies_in_one_folder(tmp_path, folders): # what lies in another is not mixed in
+    put(tmp_path, **{f"{o}__p{i}": png(seed=i) for i, o in enumerate(folders)})
+    with pytest.raises(ValueError, match="realset65: lq lies in 2 folders") as e:
+        find_pictures(replace(RESSHIFT, sets=(REALSET65,)), tmp_path)
+    assert all(o.replace("__", "/") in str(e.value) for o in folders)
 
 def test_plain_folders_serve_a_set_that_is_named_alone(tmp_path):
     put(tmp_path, lq__x=png(), gt__x=png((64, 80)), lq__y=png(seed=1), gt__y=png((64, 80), seed=1))
