@@ -517,7 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'srnb.judge._number': ('judge.html#_number', 'srnb/judge.py'),
                             'srnb.judge._own_code': ('judge.html#_own_code', 'srnb/judge.py'),
                             'srnb.judge._record': ('judge.html#_record', 'srnb/judge.py'),
-                            'srnb.judge._short': ('judge.html#_short', 'srnb/judge.py'),
+                            'srnb.judge._shorts': ('judge.html#_shorts', 'srnb/judge.py'),
                             'srnb.judge._slug': ('judge.html#_slug', 'srnb/judge.py'),
                             'srnb.judge._window': ('judge.html#_window', 'srnb/judge.py'),
                             'srnb.judge._write': ('judge.html#_write', 'srnb/judge.py'),

@@ -158,7 +158,8 @@ def places(
     both = torch.cat([a.reshape(-1, 4), b.reshape(-1, 4)]).double()
     shared = (torch.minimum(both[:, None, 2:], both[:, 2:])-torch.maximum(both[:, None, :2], both[:, :2])).clamp(min=0)
     area = (both[:, 2:]-both[:, :2]).prod(1)
-    linked = shared.prod(2) >= least*torch.minimum(area[:, None], area)
+    smaller = torch.minimum(area[:, None], area)
+    linked = (shared.prod(2) >= least*smaller) & (smaller > 0) # a box of no size is nowhere
     linked[:len(a), :len(a)] = linked[len(a):, len(a):] = False # of one reader each line stands for itself
     n, label = connected_components(linked.numpy(), directed=False)
     order = [i for i in both[:, 0].argsort(stable=True).tolist()]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -170,6 +171,13 @@ def entered(
     if empty := [o for o in entry.sets if entry.measures and not entry.measures_of(o)]:
         entry.wrong.append(f"set {empty[0]} has no ground truth, and none of the measures does without; leave it out "
                            "by --sets")
+    for s in entry.sets:
+        if gone := [m.name for m in entry.measures if m not in entry.measures_of(s)]:
+            entry.remarks.append(f"{s} has no ground truth: {', '.join(gone)} is left out")
+    files = [n for n, o in entry.sources.items() if not isinstance(o, Model)]
+    if files and not protocol.eight_bit:
+        entry.remarks.append(f"{', '.join(files)}: files hold 8 bits, and {protocol.name} scores what has not been "
+                             "rounded, as functions give it: the rounding counts in the numbers of files")
     for name, source in list(entry.sources.items()):
         if isinstance(source, Folder):
             for s, of in entry.sets.items():
@@ -307,7 +315,10 @@ def jobs_of(
                     key = seed_of(told, seed if not found else 0, *shas, *rules)
                     def make(p=p, name=name, seed=seed, measures=measures):
                         sr = read_output(entry, name, p, seed)[None]
-                        scores = score_picture(measures, sr, truth(p), p8.eight_bit, p8.crop, entry.device)
+                        try: scores = score_picture(measures, sr, truth(p), p8.eight_bit, p8.crop, entry.device)
+                        except ValueError as e:
+                            raise ValueError(f"{name}, {p.set}/{p.id}: {e}; what is finished is kept, and --measures "
+                                             "chooses among the measures") from e
                         return {k: v.item() for k, v in scores.items()}
                     labels = dict(set=s, image=p.id, seed=seed, variant=name)
                     jobs.append(Job(entry.out/"pictures"/s/f"{_slug(p.id)}-{key:016x}.parquet", labels, make))
@@ -365,7 +376,15 @@ def _lined(rows:Sequence[Sequence[str]], width:int)->list[str]: # columns as wid
         lines += ["  ".join([r[0].ljust(wide[0]), *(r[k].rjust(wide[k]) for k in block)]).rstrip() for r in rows]
     return lines
 
-def _short(name:str, most:int=28)->str: return name if len(name) <= most else f"{name[:most-1]}…"
+def _shorts(names:Sequence[str], most:int=28)->dict[str, str]: # name -> label, of no other
+    found = {}
+    for n in dict.fromkeys(names):
+        label, k = n if len(n) <= most else f"{n[:most//2]}…{n[1-most+most//2:]}", 1
+        while label in found.values():
+            k += 1
+            label = f"{n[:most//2]}…{k}"
+        found[n] = label
+    return found
 
 def _cells(summary:pd.DataFrame, s:str)->dict: # (metric, variant) -> row
     return {(r.metric, r.variant): r for r in summary[summary.set == s].itertuples()}
@@ -378,19 +397,20 @@ def text_table(
 )->str:
     "The tables of all sets for a terminal"
     arrows, lines = {m.name: f"{m.name} {'↑' if m.higher_better else '↓'}" for m in measures}, []
+    labels = _shorts(summary.variant)
     for s, g in summary.groupby("set", sort=False):
         cells, names = _cells(summary, s), [m for m in arrows if m in set(g.metric)]
         rows = [["", *(arrows[m] for m in names)]]
         for v in g.variant.unique():
             of = [cells[m, v] for m in names]
             many = f" ({of[0].seeds} seeds)" if of[0].seeds > 1 else ""
-            rows.append([_short(v)+many, *(_number(o.mean) for o in of)])
+            rows.append([labels[v]+many, *(_number(o.mean) for o in of)])
             if v != baseline: rows.append(["", *(_difference(o.difference, o.difference_low, o.difference_high)
                                                  for o in of)])
         n = g.n.iloc[0]
         half = "below each the difference to it ± half its 95 % interval over pictures"
         half = "; " + (half if n > 1 else "one picture has no interval")
-        lines += ["", f"{s}, n = {n}, means; compared with {_short(baseline)}{half}", *_lined(rows, width)]
+        lines += ["", f"{s}, n = {n}, means; compared with {labels[baseline]}{half}", *_lined(rows, width)]
     return "\n".join(lines[1:])
 
 def markdown_table(
@@ -422,23 +442,34 @@ def published_lines(
     "The published rows of a set, or why they are not comparable"
     rows = [o for o in protocol.published if o.set == set.name]
     if not rows: return []
-    known = set.digests()
-    differ = [p.id for p in pictures if p.id in known and any(known[p.id].get(k) != v for k, v in p.sha256.items()
-                                                              if k != "answer" and k in known[p.id])]
+    known, pixels = set.digests(), set.pixels()
+    def other(p, k, sha): # written again, a file keeps its pixels
+        return k in known[p.id] and known[p.id][k] != sha and pixels.get(p.id, {}).get(k) != p.pixels(k)
+    differ = [p.id for p in pictures if p.id in known and any(other(p, k, v) for k, v in p.sha256.items()
+                                                              if k != "answer")]
+    gone = sorted({*known}-{p.id for p in pictures})
     why = f"{len(differ)} of these files are not the published ones, such as {differ[0]}" if differ else ""
-    same = [o for o in rows if o.n == len(pictures) and not differ]
+    same = [o for o in rows if o.n == len(pictures) and not differ and not gone]
     lines = []
     if same:
         lines.append(f"{set.name}, n = {len(pictures)}, published, not computed here:")
         names = [m.name for m in measures if any(m.name in dict(o.values) for o in same)]
         cells = [["", *names]]
-        cells += [[_short(o.method), *(f"{dict(o.values)[n]:g}" if n in dict(o.values) else "" for n in names)]
+        labels = _shorts([o.method for o in same])
+        cells += [[labels[o.method], *(f"{dict(o.values)[n]:g}" if n in dict(o.values) else "" for n in names)]
                   for o in same]
         lines += _lined(cells, 120)
-        lines += [f"  from {o}" for o in dict.fromkeys(f"{o.source}{f'; {o.note}' if o.note else ''}" for o in same)]
+        for k in dict.fromkeys((o.source, o.note) for o in same): # which row is whose, and what differs in it
+            of = ", ".join(o.method for o in same if (o.source, o.note) == k)
+            lines += textwrap.wrap(f"{of}: {'; '.join(filter(None, k))}", 118, initial_indent="  ",
+                                   subsequent_indent="    ", break_on_hyphens=False)
+        if not known: lines.append(f"  no digests of its files are known: whether these are the files of {set.name} "
+                                   "cannot be told")
     for n in dict.fromkeys(o.n for o in rows if o not in same):
         methods = listed((o.method for o in rows if o.n == n), 4)
         reason = why or f"they are means over {n or 'an unknown number of'} pictures, these are {len(pictures)}"
+        if not why and n == len(pictures):
+            reason = f"{len(gone)} of the known pictures are not here, such as {gone[0]}"
         lines.append(f"{set.name}: published numbers ({methods}) are not comparable: {reason}")
     logged, ids = set.logged(), {p.id for p in pictures}
     if not same and not differ and ids <= {*logged}:
@@ -487,26 +518,26 @@ def _window(image:Tensor, side:int)->Tensor: # from the middle; sides as multipl
 def write_crops(
     entry:Entry,
     table:pd.DataFrame,  # set, image, seed, metric, variant, value
-    measure:Measure,     # that chooses
+    measure:Measure,     # that chooses; where a set does not have it, the set's first
     variant:str,         # whose numbers choose
     limit:int=2_000_000, # bytes at most
 )->Path:
     "A self-contained page of crops"
     shown = []
     for s, pictures in entry.sets.items():
-        if measure not in entry.measures_of(s): continue
+        chooses = measure if measure in entry.measures_of(s) else entry.measures_of(s)[0]
         by_id = {p.id: p for p in pictures}
-        for what, i in chosen_pictures(table, s, measure, variant).items():
+        for what, i in chosen_pictures(table, s, chooses, variant).items():
             p = by_id[i]
             lq = p.read_lq()
             near = lq.repeat_interleave(entry.protocol.scale, 1).repeat_interleave(entry.protocol.scale, 2)
-            images = {"input": near, **{n: _again(entry, n, p, table) for n in entry.sources}}
-            if p.gt is not None: images["truth"] = p.read_gt()
+            images = [("input", near, ""), *((n, _again(entry, n, p, table), n) for n in entry.sources)]
+            if p.gt is not None: images.append(("truth", p.read_gt(), ""))
             values = table[(table.set == s) & (table.image == i)]
             values = values.groupby(["variant", "metric"], sort=False).value.mean()
-            shown.append((s, f"{what}: {i}", images, values))
-    title = f"{entry.protocol.name}: {measure.name} of {variant}"
-    text = (f"Per set the pictures on which {variant} has its best, its median and its worst {measure.name}; windows "
+            shown.append((f"{s}, by {chooses.name}", f"{what}: {i}", images, values))
+    title = f"{entry.protocol.name}: crops of {variant}"
+    text = (f"Per set the pictures on which {variant} has its best, its median and its worst value; windows "
             "from the middle. Below each output stand its numbers, averaged over seeds; the first seed is shown.")
     for side, quality in ((128, 92), (128, 85), (128, 75), (96, 75), (64, 70), (48, 60)):
         body, last = [], None
@@ -514,8 +545,8 @@ def write_crops(
             if s != last: body.append(f"<h2>{escape(s)}</h2>")
             last = s
             cells = []
-            for n, image in images.items():
-                said = "<br>".join(f"{escape(m)} {_number(v)}" for m, v in values[n].items()) if n in values else ""
+            for n, image, v in images:
+                said = "<br>".join(f"{escape(m)} {_number(o)}" for m, o in values[v].items()) if v in values else ""
                 uri = data_uri(_window(image, side), quality)
                 cells.append(f'<figure><img src="{uri}" alt="{escape(n)}, {escape(head)}">'
                              f"<figcaption><b>{escape(n)}</b><br>{said}</figcaption></figure>")
@@ -579,8 +610,9 @@ def cost_table(
              ("vram_reserved", 1e6, "reserved MB"))
     units = [o for o in units if o[0] in table and (table[o[0]].notna().any() or not o[0].startswith("vram"))]
     rows = [["", "form", "input", *(o for *_, o in units)]]
+    labels = _shorts(table["source"])
     for r in table.to_dict("records"):
-        rows.append([_short(r["source"]), r["form"], r.get("input") if isinstance(r.get("input"), str) else "–",
+        rows.append([labels[r["source"]], r["form"], r.get("input") if isinstance(r.get("input"), str) else "–",
                      *("–" if pd.isna(r.get(k)) else f"{r[k]/u:.4g}" for k, u, _ in units)])
     where = [o for o in table.get("where", pd.Series(dtype=str)).dropna().unique()]
     lines = [f"cost on {', '.join(where) or 'no machine'}: one picture a call, median; – is not counted, or was made "
@@ -614,6 +646,8 @@ def bench(
     entry = entered(protocol, sources, out, data, sets, measures, available, common, baseline, device or "cpu")
     chooses = {m.name: m for m in entry.measures}
     if by and by not in chooses: raise ValueError(f"there is no measure {by!r} to choose crops; {nearest(by, chooses)}")
+    if by and not any(chooses[by] in entry.measures_of(s) for s in entry.sets):
+        raise ValueError(f"{by} cannot choose crops: no set that is compared has a ground truth; name another by --by")
     for o in entry.remarks: say(o)
     told = len(entry.remarks)
     open_run(entry.out, _record(entry, seeds, baseline), _FREE)

@@ -379,10 +379,10 @@ IMAGENET = TestSet("imagenet", 3000, (64, 64), 4,
     "seed, and the order it shuffles is then not used; take the published archive. InvSR's "
     "ImageNet-Test is another one")
 REALSET65 = TestSet("realset65", 65, None, 4,
-    (Layout("RealSet65"), Layout("RealSet65/lq"), Layout("realset65/lq"), Layout("realset65")), False,
+    (Layout("RealSet65/lq"), Layout("RealSet65"), Layout("realset65/lq"), Layout("realset65")), False,
     "RealSet65 of ResShift", "not stated")
 REALLR200 = TestSet("reallr200", 200, None, 4,
-    (Layout("RealLR200"), Layout("RealLR200/lq"), Layout("reallr200/lq"), Layout("reallr200")), False,
+    (Layout("RealLR200/lq"), Layout("RealLR200"), Layout("reallr200/lq"), Layout("reallr200")), False,
     "RealLR200 of SeeSR", "not stated")
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-044
@@ -713,6 +713,11 @@ def _find_set(set:TestSet, there:dict, root:str, alone:bool)->list[Picture]: # b
                 names = [n for n in names if bool(re.search(r"_HR$", stems[n])) == (what == "gt")]
                 names = [n for n in names if what == "gt" or re.search(rf"_LR{set.scale}$", stems[n])]
             parts[what] = _by_key(names, f"{set.name} {what}")
+            folders = sorted({str(PurePosixPath(n).parent) for n in names})
+            if len(folders) > 1 and "*" not in pattern: # outputs may lie beside their inputs
+                raise ValueError(f"{set.name}: {what} lies in {len(folders)} folders, such as "
+                                 f"{' and '.join(folders[:2])}; which is the set's cannot be known: give a folder "
+                                 "that holds one of them alone")
         if parts["lq"]: break
     else: return []
     lq, gt, answer = parts["lq"], parts["gt"], parts["answer"]
@@ -804,7 +809,13 @@ def score_picture(
         raise ValueError(f"outputs have {sr.shape[-2]}×{sr.shape[-1]} pixels, the ground truth "
                          f"{gt.shape[-2]}×{gt.shape[-1]}; this protocol has no rule for that: make them one size")
     if eight_bit: sr = quantize(sr)
-    return {m.name: score(m.metric(), sr, gt, device) for m in measures}
+    def one(m):
+        try: return score(m.metric(), sr, gt, device)
+        except Exception as e: # whatever a package says of pictures that it cannot take
+            if m.name in str(e): raise
+            size = f"{sr.shape[-2]}×{sr.shape[-1]} pixels"
+            raise ValueError(f"{m.name} cannot score {size}: {type(e).__name__}: {e}") from e
+    return {m.name: one(m) for m in measures}
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-071
 def _hash(x:Tensor, y:Tensor, seed:int)->Tensor: # whole numbers 0..255, without any order

@@ -195,12 +195,12 @@ def look_through(
         try:
             data = read()
             if colour := colours_of(data): colours[name] = colour
-            if data[:2] == b"\xff\xd8": lossy.append(name)
             sr = opened(data) if colour else decode_image(data, name)
         except Exception as e: # every reader fails in its own way
             why = " ".join(str(e).split()).removeprefix(f"{name}: ")[:80] or type(e).__name__
             found.absent[p.id] = f"{name} ({why})"
             continue
+        if data[:3] == b"\xff\xd8\xff": lossy.append(name)
         lq, size = p.read_lq(), tuple(sr.shape[1:])
         inputs = inputs and size == tuple(lq.shape[1:]) and torch.equal(sr, lq)
         want = tuple(scale*n for n in lq.shape[1:])
@@ -221,8 +221,8 @@ def look_through(
         rows = [f"{n} ({o})" for n, o in colours.items()]
         found.wrong.append(f"not 8-bit RGB ({len(rows)} of {len(pictures)}): {listed(rows)}; convert these as the "
                            "method's own script would")
-    if lossy: found.remarks.append(f"JPEG ({len(lossy)} of {len(pictures)}): {listed(lossy, 1)}; a JPEG file has lost "
-                                   "some of the output since it was made")
+    if lossy: found.remarks.append(f"JPEG ({len(lossy)} of {len(pictures)}): {listed(lossy)}; what JPEG loses counts "
+                                   "in every number, and PNG loses nothing")
     for same in pixels.values():
         if len(same) > 1 and len({p.sha256["lq"] for p in same}) > 1:
             found.wrong.append(f"{len(same)} inputs have one and the same output: {listed(p.id for p in same)}; it "

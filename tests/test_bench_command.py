@@ -546,3 +546,68 @@ def test_a_number_belongs_to_a_version_of_srnb(box, capsys, monkeypatch):
 def test_a_name_stands_once(box, capsys, more):
     code, out, said = srnb(capsys, "x=good", *more)
     assert code == 1 and not out and any("once each" in o or "has one name" in o for o in said), said
+
+
+def test_published_rows_need_the_sets_names_and_pixels(toy, monkeypatch):
+    from srnb.protocols import Published, find_pictures
+    a, pictures = toy.set("a"), [p for p in find_pictures(toy, "data")[0] if p.set == "a"]
+    def said(): return judge.published_lines(toy, a, pictures, toy.measures)
+    assert any("no digests of its files are known" in o for o in said())
+    same = {p.id: dict(p.sha256) for p in pictures}
+    pixels = {p.id: {k: p.pixels(k) for k in ("lq", "gt")} for p in pictures}
+    monkeypatch.setattr(type(a), "pixels", lambda self: pixels)
+    monkeypatch.setattr(type(a), "digests", lambda self: {f"other{k}": v for k, v in same.items()})
+    lost = "(theirs) are not comparable: 5 of the known pictures are not here, such as otherp0"
+    assert any(lost in o for o in said())
+    monkeypatch.setattr(type(a), "digests", lambda self: {k: dict(v, gt="0"*64) for k, v in same.items()})
+    assert "published, not computed here" in said()[0] # written again, with the same pixels
+    row = Published("edge", "a", 5, (("psnr", 1.),), "nobody", "border of 4")
+    object.__setattr__(toy, "published", (*toy.published, row))
+    assert "  theirs: nobody" in said() and "  edge: nobody; border of 4" in said()
+    object.__setattr__(toy, "published", toy.published[:-1])
+
+
+def test_crops_show_every_source_and_say_where_there_are_none(box, capsys):
+    text = OWN.replace('(Layout(f"{name}/lq", f"{name}/gt"),), True', '(Layout(f"{name}/lq"),), False')
+    mine = "Measure('bright', 'metric', 'mine.py:MINE', 'nr', True, 0, None, 'float32')"
+    text = text.replace("(psnr, *deep)", f"(psnr, {mine})").replace("OSEDIFF, Layout", "OSEDIFF, Layout, Measure")
+    (box/"blind.py").write_text(text)
+    (box/"mine.py").write_text(METRIC.replace("PLUS", "0"))
+    assert srnb(capsys, "truth=good", "input=good", "x=good")[0] == 0
+    page = (box/"out/crops.html").read_text()
+    assert page.count("<img") == 2*3*(1+4+1)
+    def call(out, *more): return run(capsys, "blind.py:ONE", "x=good/a", "--data", "data", "-o", out, *more)
+    code, _, said = call("one")
+    assert code == 0 and (box/"one/crops.html").read_text().count("<img") == 3*3
+    assert any("a has no ground truth: psnr is left out" in o for o in said), said
+    code, _, said = call("two", "--by", "psnr")
+    assert code == 1 and any("psnr cannot choose crops" in o for o in said), said
+
+
+def test_long_names_stay_apart(box, capsys):
+    names = [f"an_experiment_of_many_words_lr1e-4_{o}" for o in "abb"] + ["an_experiment_of_many_words_lr1e-4_b2"]
+    out = srnb(capsys, *(f"{o}=good" for o in dict.fromkeys(names)))[1]
+    rows = [o.split()[0] for o in out.splitlines() if o.startswith("an_")]
+    assert len({*rows}) == 3 and len(rows) == 6 and max(map(len, rows)) <= 28
+
+
+def test_what_cannot_be_scored_is_named(box, capsys): # with its picture
+    (box/"mine.py").write_text("from srnb.rewards import Metric\ndef fails(sr, gt): raise RuntimeError('sized 0')\n"
+                               "MINE = Metric('mine', 'nr', True, lambda: fails)\n")
+    code, out, said = srnb(capsys, "x=good", "--also", "mine.py:MINE")
+    assert code == 1 and any("bicubic, a/p0: mine" in o and "sized 0" in o and "--measures" in o for o in said), said
+
+
+def test_files_that_lose_are_told(box, capsys):
+    for o in sorted(box.glob("good/a/*.png")): Image.open(o).save(o.with_suffix(".JPG"), quality=80, format="JPEG")
+    for o in sorted(box.glob("good/a/*.png")): o.unlink()
+    code, _, said = srnb(capsys, "x=good")
+    assert code == 0 and any("x, a: JPEG (5 of 5)" in o and "PNG" in o for o in said), said
+    assert not any("x, b: JPEG" in o for o in said)
+
+
+def test_eight_bits_beside_floats_are_told(box, capsys):
+    (box/"float.py").write_text(OWN.replace("True, None, (psnr, ssim)", "False, None, (psnr, ssim)"))
+    said = run(capsys, "float.py:TOY", "x=good", "y=bicubic", "--data", "data", "-o", "out")[2]
+    assert [o for o in said if "8 bits" in o] and "x: " in next(o for o in said if "8 bits" in o)
+    assert not [o for o in srnb(capsys, "x=good", out="other")[2] if "8 bits" in o]

@@ -18,7 +18,8 @@ from srnb.data import embedded_photos
 from srnb.degrade import RESSHIFT_TEST
 from srnb.downstream import (FACE, LINE, OCR, OCR_LINE, PAGE, Judge, Objects, Text, above, agreement, box_ap, coco_ap,
                              confusion, cosine, detector, edit_distance, judged, labelled, mask_ap, mean_iou,
-                             pixel_accuracy, predictor, segmenter, text_accuracy, text_recall, torchvision_model)
+                             pixel_accuracy, places, predictor, segmenter, text_accuracy, text_recall,
+                             torchvision_model)
 from srnb.judge import compare_upscalers
 from srnb.rewards import MetricUnavailable, check_available, score, scorer_of
 from srnb.runs import Judging
@@ -141,6 +142,8 @@ def test_lines_meet_by_place():
     pieces = Text(("o", "ne", "two", "three"), cut) # a line that is seen as two
     assert text_accuracy([pieces], [truth]) == text_accuracy([truth], [pieces]) == 1
     assert text_recall([pieces], [truth]) == text_recall([truth], [pieces]) == 1
+    point = torch.tensor([[5., 2, 5, 2]]) # of no size: in no place
+    assert not any(a and b for o in (point, point+100) for a, b in places(o, boxes))
     few = Text(("one",), boxes[:1])
     assert text_recall([few], [truth]) == pytest.approx(1/3) and text_recall([truth], [few]) == 1
 

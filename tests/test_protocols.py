@@ -343,6 +343,18 @@ def test_a_set_without_truth_and_a_folder_that_is_the_set(tmp_path):
         assert any("2 pictures, the published set has 65" in o for o in remarks)
     with pytest.raises(ValueError, match="has no gt"): pictures[0].read_gt()
 
+def test_outputs_beside_a_set_are_not_its_inputs(tmp_path): # in a folder that is called as the set is
+    put(tmp_path, RealSet65__lq__a=png(), results__RealSet65__a=png((64, 80)))
+    pictures, _ = find_pictures(replace(RESSHIFT, sets=(REALSET65,)), tmp_path)
+    assert [tuple(p.read_lq().shape) for p in pictures] == [(3, 16, 20)]
+
+@pytest.mark.parametrize("folders", [("one__RealSet65", "two__RealSet65"), ("RealSet65", "results__RealSet65")])
+def test_a_set_lies_in_one_folder(tmp_path, folders): # what lies in another is not mixed in
+    put(tmp_path, **{f"{o}__p{i}": png(seed=i) for i, o in enumerate(folders)})
+    with pytest.raises(ValueError, match="realset65: lq lies in 2 folders") as e:
+        find_pictures(replace(RESSHIFT, sets=(REALSET65,)), tmp_path)
+    assert all(o.replace("__", "/") in str(e.value) for o in folders)
+
 def test_plain_folders_serve_a_set_that_is_named_alone(tmp_path):
     put(tmp_path, lq__x=png(), gt__x=png((64, 80)), lq__y=png(seed=1), gt__y=png((64, 80), seed=1))
     p = small()
