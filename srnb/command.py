@@ -388,7 +388,18 @@ def bench_parser()->argparse.ArgumentParser:
     _add_backbone(p)
     return p
 
-def _names(text:str)->list[str]: return [o for o in text.split(",") if o]
+def _names(text:str)->list[str]:
+    names = [o for o in text.split(",") if o]
+    if not names or len({*names}) < len(names):
+        raise argparse.ArgumentTypeError(f"name each once, and one at least, got {text!r}")
+    return names
+
+_SAMPLES = ("steps", "sampler", "color_fix", "color_strength", "color_linear", "dtype", "control", "prompt", "guidance",
+            "tile_vae") # of policies alone
+
+def _given(args:argparse.Namespace, names:Sequence[str])->list[str]: # options that the line gives
+    usual = bench_parser().parse_args([])
+    return [f"--{o.replace('_', '-')}" for o in names if getattr(args, o) != getattr(usual, o)]
 
 def split_sources(
     words:Sequence[str], # of the command line
@@ -431,6 +442,10 @@ def check_bench(
     if args.data is not None and not (sources or args.check): raise Usage("--data needs sources, or --check")
     if args.data is not None and not os.path.exists(args.data):
         raise Usage(f"--data {args.data}: no such folder or archive; nothing is downloaded")
+    rest = [o for o in vars(args) if o not in ("protocol", "sources", "data", "check")]
+    if not sources and (odd := _given(args, rest)):
+        why = "--check computes every golden number of a protocol; " if args.check else "there are no sources; "
+        raise Usage(f"{why}leave out {', '.join(odd)}")
     args.tile = None
     check_args(args)
     return sources
@@ -489,6 +504,11 @@ def run_bench(
     from srnb.rewards import Metric
     with _blaming("--also"): also = [coerced(o, Metric, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
+    if not any(getattr(o, "draws", False) for o in sources.values()) and (odd := _given(args, (*_SAMPLES, "seed"))):
+        raise Usage(f"no source is a policy, and {', '.join(odd)} changes nothing else; leave it out")
+    if odd := _given(args, ("color_fix", "color_strength", "color_linear")):
+        tell(f"the colours of policies are as {', '.join(odd)} says, and not as {protocol.name} has them "
+             f"({protocol.colour.fix}): its published numbers are made otherwise")
     try:
         with redirect_stdout(sys.stderr): # lines about progress
             bench(protocol, sources, args.out, args.data, args.sets, args.measures, args.available, args.seed,

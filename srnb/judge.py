@@ -12,6 +12,7 @@ __all__ = ['Job', 'judged', 'Unfit', 'measures_here', 'Entry', 'identity_of', 'a
 import csv
 import functools
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -34,7 +35,7 @@ from .degrade import Degradation
 from .look import data_uri
 from .metrics import interval
 from .protocols import (Measure, Picture, Protocol, TestSet, find_pictures, mean_over_pictures,
-                            measure_of, missing_measures, pair_key, score_picture)
+                            measure_of, missing_measures, not_published, pair_key, score_picture)
 from .rewards import Metric, check_available, score_group
 from .sources import (Command, Folder, Found, Model, Source, check_model, command_identity, files_for, listed,
                           look_through, plain_model, run_program, written)
@@ -170,7 +171,8 @@ def entered(
         if isinstance(source, Folder):
             for s, of in entry.sets.items():
                 found = Found()
-                files = files_for(source, s, len(entry.sets) > 1, [p.id for p in of], found)
+                others = [o.name for o in protocol.sets if o.name != s]
+                files = files_for(source, s, len(entry.sets) > 1, [p.id for p in of], found, others)
                 if files or not found.wrong: entry.look(name, s, files, found, common)
                 else: entry.wrong += [f"{name}, {s}: {o}" for o in found.wrong]
         elif isinstance(source, Model):
@@ -253,7 +255,18 @@ def package_version(
     m:Measure,
 )->str:
     "Which version of its package computes a measure here"
-    return m.metric().version if m.package != "srnb" else ""
+    return m.metric().version if m.package != "srnb" else f"srnb {versions().get('srnb', '')}".strip()
+
+def _told_rule(
+    rule:Callable|None, # a crop or a channel
+)->str:
+    "What tells a function from others of its name: its module, which holds the hash of an own file, and its text"
+    if rule is None: return "none"
+    try: text = inspect.getsource(rule)
+    except (OSError, TypeError): text = ""
+    held = [o.cell_contents for o in getattr(rule, "__closure__", None) or ()]
+    plain = [o for o in held if isinstance(o, (bool, int, float, str))]
+    return f"{getattr(rule, '__module__', '')} {getattr(rule, '__qualname__', '')} {text} {plain}"
 
 def jobs_of(
     entry:Entry,
@@ -265,8 +278,9 @@ def jobs_of(
     def truth(p): return None if p.gt is None else p.read_gt()
     for s, pictures in entry.sets.items():
         measures = entry.measures_of(s)
-        rules = [f"{m.variant} {package_version(m)}" for m in measures]
-        rules += [str(p8.eight_bit), getattr(p8.crop, "__name__", "none")]
+        rules = [f"{m.name} {m.variant} {package_version(m)} {own_files(m.id)} {_told_rule(m.channel)}"
+                 for m in measures]
+        rules += [str(p8.eight_bit), _told_rule(p8.crop)]
         for p in pictures:
             shas = [p.sha256[k] for k in ("lq", "gt") if k in p.sha256]
             for name, source in entry.sources.items():
@@ -391,11 +405,8 @@ def published_lines(
     "The published rows of a set, or why they are not comparable"
     rows = [o for o in protocol.published if o.set == set.name]
     if not rows: return []
-    known = set.digests()
-    differ = [p.id for p in pictures if p.id in known and any(known[p.id].get(k) != v for k, v in p.sha256.items()
-                                                              if k != "answer" and k in known[p.id])]
-    why = f"{len(differ)} of these files are not the published ones, such as {differ[0]}" if differ else ""
-    same = [o for o in rows if o.n == len(pictures) and not differ]
+    why = not_published(set, pictures)
+    same = [o for o in rows if o.n == len(pictures) and not why]
     lines = []
     if same:
         lines.append(f"{set.name}, n = {len(pictures)}, published, not computed here:")
@@ -405,6 +416,8 @@ def published_lines(
                   for o in same]
         lines += _lined(cells, 120)
         lines += [f"  from {o}" for o in dict.fromkeys(f"{o.source}{f'; {o.note}' if o.note else ''}" for o in same)]
+        lines += [] if set.digests() else ["  no digests of these files are known here: whether these rows are on the "
+                                           "same pictures cannot be told"]
     for n in dict.fromkeys(o.n for o in rows if o not in same):
         methods = listed((o.method for o in rows if o.n == n), 4)
         reason = why or f"they are means over {n or 'an unknown number of'} pictures, these are {len(pictures)}"

@@ -6,8 +6,8 @@
 __all__ = ['GOLDEN', 'REALSR_CROP', 'DREALSR_CROP', 'DIV2K_CROP', 'REALSR_FULL', 'IMAGENET', 'REALSET65', 'REALLR200', 'OSEDIFF',
            'SEESR', 'RESSHIFT', 'CTMSR', 'ASASR', 'DP2O', 'MOST', 'Measure', 'measure_of', 'cut_truth', 'cut_both',
            'resize_output', 'mean_over_pictures', 'pooled_psnr', 'Layout', 'TestSet', 'Published', 'Protocol',
-           'describe', 'pictures_in', 'Picture', 'pair_key', 'find_pictures', 'score_picture', 'drawn_pairs',
-           'missing_measures', 'check_protocol', 'check_report']
+           'describe', 'pictures_in', 'Picture', 'pair_key', 'not_published', 'find_pictures', 'score_picture',
+           'drawn_pairs', 'missing_measures', 'check_protocol', 'check_report']
 
 # %% ../nbs/24_protocols.ipynb #24-protocols-004
 import functools
@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from .colour import Colour
-from .config import coerced, name_of
+from .config import coerced, name_of, own_files
 from .core import check_images, decode_image, progress, quantize
 from .files import PICTURES, files_below
 from .rewards import Metric, MetricMismatch, MetricUnavailable, luma_studio, luma_studio_whole, pyiqa_metric
@@ -101,7 +101,8 @@ class Measure:
 
     def metric(self)->Metric:
         "The metric of this variant, for `score`; the same object at every call"
-        return _metric_of(replace(self, name="", logged="", tolerance=None, left_open="")) # which compute nothing
+        bare = replace(self, name="", logged="", tolerance=None, left_open="") # which compute nothing
+        return _metric_of(bare, *own_files(self.id).items())
 
 def _cropped(images:Tensor, border:int)->Tensor: # (...,H,W)
     h, w = images.shape[-2:]
@@ -131,7 +132,7 @@ def _cropped_scorer(m:Measure, inner:Metric)->Callable:
     return cropped
 
 @functools.cache
-def _metric_of(m:Measure)->Metric:
+def _metric_of(m:Measure, *files)->Metric: # with the hash of the reader's own file, which may have changed
     if m.package == "srnb":
         return Metric(m.variant, m.kind, m.higher_better, functools.partial(_own_scorer, m))
     if m.package == "metric": inner = coerced(m.id, Metric, f"measure {m.id}")
@@ -749,6 +750,18 @@ def _hashes(set:TestSet, pictures:list[Picture])->list[str]: # what is said of t
                       f"{len(again)} of them in another file, for example {again[0]}"]
     return [f"{set.name}: {len(rows)} of {len(rows)} known pictures are the published files"]
 
+def not_published(
+    set:TestSet,
+    pictures:Sequence[Picture], # of that set
+)->str: # empty: all that is known of the published files is here
+    "Why these pictures are not the published ones, by their pixels"
+    known = {p.id: p for p in pictures if p.id in set.digests()}
+    if wrong := [k for k, p in known.items() if _compare(set, p, ("lq", "gt"))[0]]:
+        return f"{len(wrong)} of these files are not the published ones, such as {wrong[0]}"
+    if gone := sorted({*set.digests()}-{*known}):
+        return f"{len(gone)} of {len(set.digests())} known files are not among these, such as {gone[0]}"
+    return ""
+
 def find_pictures(
     protocol:Protocol,
     data:str|Path,                # folder or archive, searched by layout
@@ -756,6 +769,8 @@ def find_pictures(
 )->tuple[list[Picture], list[str]]: # by set, sorted by id; and remarks for people
     "The pictures of a protocol; ValueError names every file that cannot be used before anything is computed"
     remarks, found, bad = [], [], []
+    if sets is not None and (not sets or len({*sets}) < len(sets)):
+        raise ValueError(f"sets must be named once each, and one at least, got {', '.join(sets) or 'none'}")
     there = pictures_in(data, remarks.append)
     data = Path(data).resolve()
     root = data.name if data.is_dir() else data.stem
