@@ -388,7 +388,18 @@ def bench_parser()->argparse.ArgumentParser:
     _add_backbone(p)
     return p
 
-def _names(text:str)->list[str]: return [o for o in text.split(",") if o]
+def _names(text:str)->list[str]:
+    names = [o for o in text.split(",") if o]
+    if not names or len({*names}) < len(names):
+        raise argparse.ArgumentTypeError(f"name each once, and one at least, got {text!r}")
+    return names
+
+_SAMPLES = ("steps", "sampler", "color_fix", "color_strength", "color_linear", "dtype", "control", "prompt", "guidance",
+            "tile_vae") # of policies alone
+
+def _given(args:argparse.Namespace, names:Sequence[str])->list[str]: # options that the line gives
+    usual = bench_parser().parse_args([])
+    return [f"--{o.replace('_', '-')}" for o in names if getattr(args, o) != getattr(usual, o)]
 
 def split_sources(
     words:Sequence[str], # of the command line
@@ -425,8 +436,6 @@ def check_bench(
         raise Usage(f"there is no protocol {name!r}; {f'did you mean {close[0]!r}? ' if close else ''}there is "
                     f"{', '.join(_PROTOCOLS)}, path/to/file.py:NAME")
     if args.check and name is None: raise Usage("--check needs a protocol")
-    idle = [o for o in ("out", "sets", "also", "available", "common", "by", "speed") if getattr(args, o)]
-    if args.check and idle: raise Usage(f"--{idle[0]} has no sense with --check, which takes --data and --measures")
     if args.check and sources: raise Usage("--check takes no sources; it reads the known outputs in --data")
     if sources and args.data is None:
         raise Usage(f"name the folder of pictures by --data; srnb bench {name} says what it should look like")
@@ -434,6 +443,10 @@ def check_bench(
     if args.data is not None and not (sources or args.check): raise Usage("--data needs sources, or --check")
     if args.data is not None and not os.path.exists(args.data):
         raise Usage(f"--data {args.data}: no such folder or archive; nothing is downloaded")
+    rest = [o for o in vars(args) if o not in ("protocol", "sources", "data", "check", *["measures"]*args.check)]
+    if not sources and (odd := _given(args, rest)):
+        why = "--check takes --data and --measures alone; " if args.check else "there are no sources; "
+        raise Usage(f"{why}leave out {', '.join(odd)}")
     args.tile = None
     check_args(args)
     return sources
@@ -456,11 +469,6 @@ def _source(word:str, args:argparse.Namespace, protocol): # srnb.sources.Source
         line = argparse.Namespace(**vars(args) | dict(model=base, adapter=adapter or None))
         return policy_model(_policy(line), colour, args.steps, None, SAMPLERS.get(args.sampler), args.prompt)
     with _blaming(word): return source_of(word, policy)
-
-def _sampling(args:argparse.Namespace)->list[str]: # options given that a policy alone reads
-    usual = bench_parser().parse_args([])
-    names = "seed steps sampler color_fix color_strength color_linear dtype control prompt guidance tile_vae".split()
-    return [f"--{o.replace('_', '-')}" for o in names if getattr(args, o) != getattr(usual, o)]
 
 def _holds_adapter(folder:str)->bool: # and no policy of its own
     files = ("adapter/adapter_config.json", "adapter_config.json")
@@ -503,9 +511,11 @@ def run_bench(
     from srnb.sources import Model
     with _blaming("--also"): also = [coerced(o, Metric|Agreement, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
-    if not any(isinstance(o, Model) and o.draws for o in sources.values()) and (idle := _sampling(args)):
-        raise Usage(f"{idle[0]}: none of the sources is a policy, so there is nothing that would read it; outputs and "
-                    "other models are taken as they are")
+    if not any(getattr(o, "draws", False) for o in sources.values()) and (odd := _given(args, (*_SAMPLES, "seed"))):
+        raise Usage(f"no source is a policy, and {', '.join(odd)} changes nothing else; leave it out")
+    if odd := _given(args, ("color_fix", "color_strength", "color_linear")):
+        tell(f"the colours of policies are as {', '.join(odd)} says, and not as {protocol.name} has them "
+             f"({protocol.colour.fix}): its published numbers are made otherwise")
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings(): # lines about progress
             warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others

@@ -182,7 +182,8 @@ def entered(
         if isinstance(source, Folder):
             for s, of in entry.sets.items():
                 found = Found()
-                files = files_for(source, s, len(entry.sets) > 1, [p.id for p in of], found)
+                others = [o.name for o in protocol.sets if o.name != s]
+                files = files_for(source, s, len(entry.sets) > 1, [p.id for p in of], found, others)
                 if files or not found.wrong: entry.look(name, s, files, found, common)
                 else: entry.wrong += [f"{name}, {s}: {o}" for o in found.wrong]
         elif isinstance(source, Model):
@@ -284,15 +285,17 @@ def package_version(
     m:Measure,
 )->str:
     "Which version of its package computes a measure here, and which text of the reader's own file"
-    if m.package == "srnb": return f"srnb {versions().get('srnb', '')} {_own_code(m.channel)}".strip()
+    if m.package == "srnb": return f"srnb {versions().get('srnb', '')}".strip()
     return " ".join([m.metric().version, *(own_files(m.id).values() if m.package == "metric" else ())]).strip()
 
-def _own_code(function:Callable|None)->str: # what tells a function of the reader's own from others; of ours nothing
-    module = getattr(function, "__module__", None) or "" # that of a file is called by its hash
-    if function is None or module.startswith("srnb."): return ""
-    code = getattr(function, "__code__", None)
+def _told_rule(rule:Callable|None)->str: # what tells a crop or a channel from others of its name
+    if rule is None: return "none"
+    code = getattr(rule, "__code__", None)
     said = code and (code.co_code, code.co_names, [o for o in code.co_consts if not hasattr(o, "co_code")])
-    return f"{module} {hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
+    held = [o.cell_contents for o in getattr(rule, "__closure__", None) or ()]
+    plain = [o for o in held if isinstance(o, (bool, int, float, str))]
+    where = f"{getattr(rule, '__module__', '')} {getattr(rule, '__qualname__', '')}" # a file's module has its hash
+    return f"{where} {hashlib.sha256(repr((said, plain)).encode()).hexdigest()[:16]}"
 
 def jobs_of(
     entry:Entry,
@@ -304,8 +307,8 @@ def jobs_of(
     def truth(p): return None if p.gt is None else p.read_gt()
     for s, pictures in entry.sets.items():
         measures = entry.measures_of(s)
-        rules = [f"{m.variant} {package_version(m)}" for m in measures]
-        rules += [str(p8.eight_bit), getattr(p8.crop, "__name__", "none"), _own_code(p8.crop)]
+        rules = [f"{m.name} {m.variant} {package_version(m)} {_told_rule(m.channel)}" for m in measures]
+        rules += [str(p8.eight_bit), _told_rule(p8.crop)]
         for p in pictures:
             shas = [p.sha256[k] for k in ("lq", "gt") if k in p.sha256]
             for name, source in entry.sources.items():

@@ -10,6 +10,7 @@ __all__ = ['Source', 'Folder', 'Model', 'Command', 'plain_model', 'checkpoint_mo
 # %% ../nbs/50_sources.ipynb #50-sources-003
 import hashlib
 import io
+import json
 import os
 import shlex
 import shutil
@@ -27,7 +28,7 @@ from torch import Tensor
 from .baselines import BASELINES, spandrel_model
 from .config import nearest
 from .core import (Clock, check_images, decode_image, generator, progress, quantize, take_away_parts, to_bytes,
-                       write_image)
+                       write_image, write_json)
 from .protocols import Picture, pair_key, pictures_in
 
 # %% ../nbs/50_sources.ipynb #50-sources-006
@@ -131,6 +132,7 @@ def files_for(
     several:bool,        # whether other sets are compared too
     ids:Sequence[str],   # of the set's pictures
     found:Found,         # gets the sentences
+    others:Sequence[str]=(), # names of the protocol's other sets: what lies in folders of theirs is not of this one
 )->dict[str, tuple[str, Callable]]: # id -> name of the file, its reader
     "The files of a folder that carry the names of a set's pictures"
     path, inside = split_inside(folder.path.replace("{set}", set))
@@ -144,7 +146,14 @@ def files_for(
         found.wrong.append(f"which of its pictures are of {set} is not said: it has no folder {set}; write {{set}} in "
                            "the path, or choose one set by --sets")
         return {}
-    there = own or there
+    theirs = {} if own else {n: r for n, r in there.items() if n.partition("/")[0] in others and "/" in n}
+    if theirs and len(theirs) == len(there):
+        names = listed({n.partition("/")[0] for n in theirs})
+        found.wrong.append(f"its pictures lie in folders of other sets ({names}): it has no folder {set}; name the "
+                           f"folder that holds outputs of {set}")
+        return {}
+    if theirs: found.remarks.append(f"left out, in folders of other sets ({len(theirs)}): {listed(theirs)}")
+    there = own or {n: r for n, r in there.items() if n not in theirs}
     key, by_key = {pair_key(i): i for i in ids}, {}
     for n, r in there.items(): by_key.setdefault(pair_key(PurePosixPath(n).stem), []).append((n, r))
     if twice := [[n for n, _ in o] for k, o in by_key.items() if k in key and len(o) > 1]:
@@ -274,12 +283,27 @@ def written(
 )->dict[str, tuple[str, Callable]]: # stem -> name, reader, of the pictures that can be read whole
     "The outputs that are there"
     if not Path(folder).is_dir(): return {}
-    whole = {}
+    whole, twice = {}, []
     for n, read in pictures_in(folder, lambda line: None).items():
         try: decode_image(read(), n)
         except ValueError: (Path(folder)/n).unlink(missing_ok=True) # half of one, which is made again
-        else: whole[pair_key(PurePosixPath(n).stem)] = n, read
+        else:
+            key = pair_key(PurePosixPath(n).stem)
+            if key in whole: twice.append([whole[key][0], n])
+            whole[key] = n, read
+    if twice:
+        raise ValueError(f"{folder}: several files for one picture ({len(twice)}), such as {listed(twice[0])}; a "
+                         "command writes one of each: take the others away, and the same call goes on")
     return whole
+
+def _take_away_stale(pictures:Sequence[Picture], folder:Path)->None: # outputs of other inputs that had these names
+    note, there = folder.parent/f"{folder.name}.json", written(folder)
+    of = json.loads(note.read_text()) if note.is_file() else {}
+    for p in pictures:
+        key = pair_key(p.id)
+        if key in there and of.get(key) != p.sha256["lq"]: (folder/there[key][0]).unlink()
+        of[key] = p.sha256["lq"]
+    write_json(note, of)
 
 def run_program(
     command:Command,
@@ -291,6 +315,7 @@ def run_program(
     "Have the outputs made that are still missing"
     folder.mkdir(parents=True, exist_ok=True)
     take_away_parts(folder)
+    _take_away_stale(pictures, folder)
     todo = [p for p in pictures if pair_key(p.id) not in written(folder)]
     if not todo: return ""
     with tempfile.TemporaryDirectory() as lq, open(log, "ab") as said:

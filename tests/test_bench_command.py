@@ -180,6 +180,86 @@ def test_what_has_changed_is_done_anew(box, capsys, monkeypatch):
     assert code == 1 and "holds a run with other parameters" in said[-1]
 
 
+def test_rules_that_have_changed_are_done_anew(toy, capsys):
+    def means(protocol, out="out"):
+        return bench(protocol, dict(good=Folder("good")), out, "data", ["a"], show=lambda o: None).groupby(
+            ["metric", "variant"]).value.mean()
+
+    def corner(side):
+        def crop(sr, gt): return sr[..., :side, :side], gt[..., :side, :side]
+        return crop
+    first, (one, two) = means(toy), toy.measures
+    turned = means(replace(toy, measures=(replace(one, name="ssim"), replace(two, name="psnr"))))
+    assert turned["ssim", "good"] == first["psnr", "good"] and turned["psnr", "good"] == first["ssim", "good"]
+    large, small = (means(replace(toy, crop=corner(side)), "cut") for side in (64, 32))
+    assert large["psnr", "good"] != small["psnr", "good"]
+
+
+def test_an_own_file_that_has_changed_is_done_anew(box, capsys):
+    def mean(plus):
+        (box/"mine.py").write_text("from srnb.rewards import Metric\nMEAN = Metric('mean', 'nr', True, lambda: "
+                                   f"lambda sr, gt: sr.double().mean((1, 2, 3))+{plus})\n")
+        assert srnb(capsys, "good", "--sets", "a", "--also", "mine.py:MEAN")[0] == 0
+        t = read_run("out")[1]
+        return t[t.metric == "mean"].value.mean()
+    assert mean(7) == pytest.approx(mean(0)+7)
+
+
+def test_the_version_of_own_functions_counts(toy, monkeypatch, capsys):
+    def told():
+        entry = judge.entered(toy, {}, "out", "data", ["a"])
+        return [j.file.name for j in judge.jobs_of(entry, [0])]
+    before = told()
+    monkeypatch.setattr(judge, "versions", lambda: dict(srnb="99"))
+    assert not {*before} & {*told()}
+
+
+ENLARGE = """
+import sys
+from pathlib import Path
+from PIL import Image
+for f in Path(sys.argv[1]).iterdir():
+    im = Image.open(f)
+    for folder in sys.argv[2:]:
+        Path(folder).mkdir(exist_ok=True)
+        im.resize((im.width*4, im.height*4), 0).save(Path(folder, f.name))
+"""
+
+
+def test_outputs_of_a_command_belong_to_its_inputs(box, capsys):
+    (box/"up.py").write_text(ENLARGE)
+    line = f"x=cmd:{sys.executable} up.py {{lq}} {{sr}}", "--sets", "a"
+    assert srnb(capsys, *line)[0] == 0
+    kept, = box.glob("out/outputs/x-*/a/p0.png")
+    stamp = kept.stat().st_mtime_ns
+    for i in range(1, 5):
+        for part, image in zip(("lq", "gt"), drawn(100+i), strict=True): write_image(f"data/a/{part}/p{i}.png", image)
+    assert srnb(capsys, *line)[0] == 0 and srnb(capsys, *line, out="fresh")[0] == 0
+    assert read_run("out")[1].equals(read_run("fresh")[1]) and kept.stat().st_mtime_ns == stamp
+    code, _, said = srnb(capsys, f"x=cmd:{sys.executable} up.py {{lq}} {{sr}} {{sr}}/seen", "--sets", "a")
+    assert code == 1 and "several files for one picture (5), such as p0.png, seen/p0.png" in said[-1]
+
+
+def test_outputs_of_another_set_are_not_taken(box, capsys):
+    shutil.rmtree("good/b")
+    code, out, said = srnb(capsys, "good", "--sets", "b")
+    assert code == 1 and not out and any("folders of other sets (a): it has no folder b" in o for o in said)
+    for i in range(5): shutil.copy(f"good/a/p{i}.png", f"good/p{i}.png") # two folders, and those at the top are meant
+    code, _, said = srnb(capsys, "good", "--sets", "b")
+    assert code == 0 and any("left out, in folders of other sets (5): a/p0.png" in o for o in said)
+
+
+@pytest.mark.parametrize("more, said", [
+    (("--check", "--measures", "psnr", "--seed", "3"), "leave out --measures, --seed"),
+    (("--sets", "a"), "there are no sources; leave out --sets"),
+    (("good", "--steps", "3", "--color-fix", "none"), "no source is a policy, and --steps, --color-fix changes"),
+    (("good", "--sets", "a,a"), "name each once"), (("good", "--measures", ""), "name each once, and one at least")])
+def test_what_changes_nothing_is_refused(box, capsys, more, said):
+    place = ("--data", "data", "-o", "out") if more[0] == "good" else ()
+    code, out, err = run(capsys, "own.py:TOY", *more, *place)
+    assert code == 2 and not out and any(said in o for o in err) and not (box/"out").exists(), err
+
+
 def test_interval_by_hand(toy, capsys):
     def noisy(lq, seed): # two seeds: each its own shift
         return quantize(bicubic_x4(lq)*(.97-.02*seed))
@@ -323,9 +403,20 @@ def test_published_rows_need_the_published_files(toy, monkeypatch):
     from srnb.protocols import find_pictures
     a, pictures = toy.set("a"), [p for p in find_pictures(toy, "data")[0] if p.set == "a"]
     assert "published, not computed here" in judge.published_lines(toy, a, pictures, toy.measures)[0]
-    monkeypatch.setattr(type(a), "digests", lambda self: {"p0": dict(pictures[0].sha256, gt="0"*64)})
-    said = judge.published_lines(toy, a, pictures, toy.measures)
+    assert any("cannot be told" in o for o in judge.published_lines(toy, a, pictures, toy.measures))
+
+    def known(files, pixels):
+        monkeypatch.setattr(type(a), "digests", lambda self: files)
+        monkeypatch.setattr(type(a), "pixels", lambda self: pixels)
+        return judge.published_lines(toy, a, pictures, toy.measures)
+    same = {k: pictures[0].pixels(k) for k in ("lq", "gt")}
+    for files, pixels in ((dict(pictures[0].sha256), same), (dict.fromkeys(("lq", "gt"), "0"*64), same)):
+        said = known({"p0": files}, {"p0": pixels}) # written again, the pixels stay
+        assert "published, not computed here" in said[0] and not any("cannot be told" in o for o in said)
+    said = known({"p0": dict(pictures[0].sha256, gt="0"*64)}, {"p0": dict(same, gt="0"*16)})
     assert len(said) == 2 and all("1 of these files are not the published ones, such as p0" in o for o in said)
+    said = known({"q0": pictures[0].sha256}, {"q0": same}) # as many pictures under other names are another set
+    assert len(said) == 2 and all("1 of 1 known files are not among these, such as q0" in o for o in said)
 
 
 class Images(HTMLParser):

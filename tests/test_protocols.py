@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srnb import protocols
+from srnb import protocols, rewards
 from srnb.colour import Colour
 from srnb.config import constants
 from srnb.core import generator
@@ -468,3 +468,15 @@ def test_a_folder_and_its_archive_side_by_side_are_refused(tmp_path):
     put(tmp_path, s__a__lq__x=png())
     zip_of(tmp_path/"s.zip", MEMBERS)
     with pytest.raises(ValueError, match="is there twice, in a folder and in an archive"): pictures_in(tmp_path)
+
+
+def test_a_measure_that_fails_is_named_and_the_others_are_checked(monkeypatch):
+    def broken(sr, gt, border, channel, eps): raise RuntimeError("out of order")
+    with monkeypatch.context() as m:
+        protocols._metric_of.cache_clear()
+        m.setattr(rewards, "psnr", broken)
+        table = protocols.check_protocol(replace(OSEDIFF, measures=OSEDIFF.measures[:2]))
+    protocols._metric_of.cache_clear()
+    said = protocols.check_report(table)
+    assert "FAILED    psnr" in said and "out of order" in said and "holds     ssim" in said
+    assert not any(table[table.measure == "psnr"].holds) and all(table[table.measure == "ssim"].holds)
