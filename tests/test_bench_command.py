@@ -259,6 +259,11 @@ def test_what_changes_nothing_is_refused(box, capsys, more, said):
     assert code == 2 and not out and any(said in o for o in err) and not (box/"out").exists(), err
 
 
+def test_a_device_that_is_not_here(box, capsys):
+    code, out, said = srnb(capsys, "good", "--device", "gpu")
+    assert code == 1 and "device 'gpu' cannot be used here" in said[-1] and not (box/"out").exists()
+
+
 def test_interval_by_hand(toy, capsys):
     def noisy(lq, seed): # two seeds: each its own shift
         return quantize(bicubic_x4(lq)*(.97-.02*seed))

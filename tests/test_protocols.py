@@ -246,16 +246,16 @@ def test_dtype_of_a_pyiqa_metric_is_its_autocast(monkeypatch):
     fake = protocols.Metric("fake", "nr", True, build)
     for dtype in ("float32", "float16"):
         m = replace(NIQE, dtype=dtype)
-        protocols._pyiqa_scorer(m, fake)(torch.zeros(1, 3, 8, 8), None)
+        protocols._cropped_scorer(m, fake)(torch.zeros(1, 3, 8, 8), None)
     assert seen == [False, True]
 
 def test_the_border_is_cut_before_pyiqas_metrics():
     sizes = []
     fake = protocols.Metric("fake", "nr", True, lambda: lambda sr, gt: sizes.append(tuple(sr.shape)) or torch.zeros(1))
-    protocols._pyiqa_scorer(replace(NIQE, border=3), fake)(torch.zeros(1, 3, 16, 20), None)
+    protocols._cropped_scorer(replace(NIQE, border=3), fake)(torch.zeros(1, 3, 16, 20), None)
     assert sizes == [(1, 3, 10, 14)]
     with pytest.raises(ValueError, match="leaves nothing"):
-        protocols._pyiqa_scorer(replace(NIQE, border=8), fake)(torch.zeros(1, 3, 16, 20), None)
+        protocols._cropped_scorer(replace(NIQE, border=8), fake)(torch.zeros(1, 3, 16, 20), None)
 
 def test_every_field_of_a_set_counts(tmp_path):
     pair(pair(tmp_path, "x", 0), "y", 1)
