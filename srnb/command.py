@@ -508,7 +508,6 @@ def run_bench(
     from srnb.downstream import Agreement
     from srnb.judge import Unfit, bench
     from srnb.rewards import Metric
-    from srnb.sources import Model
     with _blaming("--also"): also = [coerced(o, Metric|Agreement, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
     if not any(getattr(o, "draws", False) for o in sources.values()) and (odd := _given(args, (*_SAMPLES, "seed"))):

@@ -643,6 +643,10 @@ def bench(
     "Compare sources on a protocol; Unfit says all that is wrong before anything is computed"
     if not seeds or len({*seeds}) < len(seeds): raise ValueError(f"seeds must be named once each, got {list(seeds)}")
     protocol = coerced(protocol, Protocol, "protocol")
+    try: torch.empty(1, device=device or "cpu")
+    except Exception as e:
+        raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); name cpu, or a GPU "
+                         "that this machine has") from e
     if also:
         measures = None if measures is None else [*measures, *(m.name for m in also)]
         protocol = replace(protocol, measures=(*protocol.measures, *map(measure_of, also)))
