@@ -388,6 +388,13 @@ def test_slow_name_lookup_is_not_waited_for(monkeypatch):
     release.set()
 
 
+def test_both_servers_are_asked_at_once(monkeypatch):
+    "Where neither answers, a process waits once"
+    both = threading.Barrier(2, timeout=5)
+    monkeypatch.setattr(R, "_answers", lambda url: both.wait() < 0)
+    with R._bounded_network(): assert socket.getaddrinfo is R._no_names
+
+
 def test_without_metric_packages(root, clean_env):
     code = """
 import sys
