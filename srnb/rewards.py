@@ -37,6 +37,7 @@ import urllib.request
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -224,7 +225,8 @@ def _no_names(host, *args, **kwargs): # stands in for socket.getaddrinfo
 def _bounded_network():
     "Inside, nothing waits for a server that does not answer; files already here are still found"
     from huggingface_hub import constants
-    hub, torch_hub = _answers(constants.ENDPOINT), _answers("https://download.pytorch.org")
+    with ThreadPoolExecutor(2) as pool: # where neither answers, one wait for both
+        hub, torch_hub = pool.map(_answers, (constants.ENDPOINT, "https://download.pytorch.org"))
     offline, timeout, names = constants.HF_HUB_OFFLINE, socket.getdefaulttimeout(), socket.getaddrinfo
     try:
         constants.HF_HUB_OFFLINE = offline or not hub

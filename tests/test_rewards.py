@@ -274,7 +274,7 @@ def logged(root):
     return pictures
 
 
-@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [32, pytest.param(1, marks=pytest.mark.slow)])
 def test_psnr_and_ssim_of_the_logged_pictures(logged, step):
     for row, sr, gt in logged(step):
         assert R.psnr(sr, gt, 0, R.luma_studio).item() == pytest.approx(row.psnr, abs=1e-4), row.file
@@ -283,7 +283,7 @@ def test_psnr_and_ssim_of_the_logged_pictures(logged, step):
 
 def test_each_other_choice_misses_the_logged_pictures(logged):
     misses = {}
-    for row, sr, gt in logged(16):
+    for row, sr, gt in logged(48):
         wrong = dict(p_border=R.psnr(sr, gt, 4, R.luma_studio), p_rounded=R.psnr(sr, gt, 0, R.luma_studio_whole),
                      p_yiq=R.psnr(sr, gt, 0, R.luma_yiq), p_rgb=R.psnr(sr, gt, 0, R.rgb),
                      s_border=R.ssim(sr, gt, 4, R.luma_studio_whole), s_plain=R.ssim(sr, gt, 0, R.luma_studio),
@@ -294,7 +294,7 @@ def test_each_other_choice_misses_the_logged_pictures(logged):
     assert len(misses) == 8 and min(misses.values()) > 2, misses
 
 
-@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [32, pytest.param(1, marks=pytest.mark.slow)])
 def test_niqe_of_the_logged_pictures(logged, step):
     cropped, off = R.pyiqa_metric("niqe", crop_border=4), []
     for i, (row, sr, _) in enumerate(logged(step)):
@@ -386,6 +386,13 @@ def test_slow_name_lookup_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: release.wait(30))
     assert not R._answers("http://name.that.hangs.invalid", seconds=.5)
     release.set()
+
+
+def test_both_servers_are_asked_at_once(monkeypatch):
+    "Where neither answers, a process waits once"
+    both = threading.Barrier(2, timeout=5)
+    monkeypatch.setattr(R, "_answers", lambda url: both.wait() < 0)
+    with R._bounded_network(): assert socket.getaddrinfo is R._no_names
 
 
 def test_without_metric_packages(root, clean_env):
