@@ -578,7 +578,7 @@ def _pyiqa(id:str, kind:str, higher_better:bool, batch:int, weights, options:tup
 # %% ../nbs/20_rewards.ipynb #20-rewards-new131
 def _parameters(name:str)->dict: # name -> tensor, of a file that ships
     here = Path(__file__).parent if "__file__" in globals() else Path(importlib.util.find_spec("srnb").origin).parent
-    return load_file(here/"parameters"/f"{name}.safetensors")
+    return load_file(here/"weights"/"metrics"/f"{name}.safetensors")
 
 def niqe_parameters(
     folder:Path, # where to write

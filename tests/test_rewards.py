@@ -511,10 +511,10 @@ def test_niqe_and_brisque_need_no_network(offline):
 def test_the_shipped_parameters_carry_their_notice(root):
     import hashlib
     for name, start in (("niqe", "4222f92fe767b41b"), ("brisque", "18acf32b2de874cb")):
-        notice = (root/f"srnb/parameters/LICENSE-{name}.txt").read_text()
+        notice = (root/f"srnb/weights/metrics/LICENSE-{name}.txt").read_text()
         for part in ("COPYRIGHT NOTICE STARTS WITH THIS LINE", "The University of Texas at Austin",
                      "COPYRIGHT NOTICE ENDS WITH THIS LINE"): assert part in notice
-        assert hashlib.sha256((root/f"srnb/parameters/{name}.safetensors").read_bytes()).hexdigest().startswith(start)
+        assert hashlib.sha256((root/f"srnb/weights/metrics/{name}.safetensors").read_bytes()).hexdigest().startswith(start)
 
 
 # the same picture, the same number
