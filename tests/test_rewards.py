@@ -514,7 +514,8 @@ def test_the_shipped_parameters_carry_their_notice(root):
         notice = (root/f"srnb/weights/metrics/LICENSE-{name}.txt").read_text()
         for part in ("COPYRIGHT NOTICE STARTS WITH THIS LINE", "The University of Texas at Austin",
                      "COPYRIGHT NOTICE ENDS WITH THIS LINE"): assert part in notice
-        assert hashlib.sha256((root/f"srnb/weights/metrics/{name}.safetensors").read_bytes()).hexdigest().startswith(start)
+        held = (root/f"srnb/weights/metrics/{name}.safetensors").read_bytes()
+        assert hashlib.sha256(held).hexdigest().startswith(start)
 
 
 # the same picture, the same number
