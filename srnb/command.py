@@ -428,6 +428,12 @@ def check_bench(
     if sources and args.data is None:
         raise Usage(f"name the folder of pictures by --data; srnb bench {name} says what it should look like")
     if sources and args.out is None: raise Usage("name the folder for the results by -o")
+    usual = vars(bench_parser().parse_args([]))
+    for k, v in vars(args).items():
+        if not sources and k not in ("protocol", "sources", "data", "check") and v != usual[k]:
+            option = f"--{k.replace('_', '-')}"
+            raise Usage(f"--check takes no {option}: it computes all golden numbers; leave it out" if args.check else
+                        f"{option} needs sources: folders of outputs, policies or programs that are compared")
     if args.data is not None and not (sources or args.check): raise Usage("--data needs sources, or --check")
     if args.data is not None and not os.path.exists(args.data):
         raise Usage(f"--data {args.data}: no such folder or archive; nothing is downloaded")

@@ -633,6 +633,9 @@ def bench(
 )->pd.DataFrame:          # set, image, seed, metric, variant, value
     "Compare sources on a protocol; Unfit says all that is wrong before anything is computed"
     if not seeds or len({*seeds}) < len(seeds): raise ValueError(f"seeds must be named once each, got {list(seeds)}")
+    if twice := [m.name for m in also if m.name in {o.name for o in protocol.measures}]:
+        raise ValueError(f"{protocol.name} has a measure {twice[0]!r} already, and numbers are kept by name; choose it "
+                         "by --measures, or give the further one another name")
     if also:
         measures = None if measures is None else [*measures, *(m.name for m in also)]
         protocol = replace(protocol, measures=(*protocol.measures, *map(measure_of, also)))
