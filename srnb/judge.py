@@ -647,6 +647,9 @@ def bench(
     except Exception as e:
         raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); name cpu, or a GPU "
                          "that this machine has") from e
+    if twice := [m.name for m in also if m.name in {o.name for o in protocol.measures}]:
+        raise ValueError(f"{protocol.name} has a measure {twice[0]!r} already, and numbers are kept by name; choose it "
+                         "by --measures, or give the further one another name")
     if also:
         measures = None if measures is None else [*measures, *(m.name for m in also)]
         protocol = replace(protocol, measures=(*protocol.measures, *map(measure_of, also)))

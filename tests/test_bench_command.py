@@ -707,3 +707,18 @@ def test_eight_bits_beside_floats_are_told(box, capsys):
     said = run(capsys, "float.py:TOY", "x=good", "y=bicubic", "--data", "data", "-o", "out")[2]
     assert [o for o in said if "8 bits" in o] and "x: " in next(o for o in said if "8 bits" in o)
     assert not [o for o in srnb(capsys, "x=good", out="other")[2] if "8 bits" in o]
+
+
+def test_a_further_column_has_a_name_of_its_own(box, capsys):
+    (box/"mine.py").write_text(METRIC.replace("PLUS", "0").replace('"mine"', '"psnr"'))
+    code, out, said = srnb(capsys, "x=good", "--also", "mine.py:MINE")
+    assert code == 1 and any("toy has a measure 'psnr' already" in o for o in said), said
+
+
+def test_a_program_is_told_by_every_file_that_its_line_names(box):
+    from srnb.sources import command_identity
+    for line in ("up w.bin {lq} {sr}", "up --weights=w.bin {lq} {sr}"):
+        (box/"w.bin").write_bytes(b"1")
+        first = command_identity(Command(line))
+        (box/"w.bin").write_bytes(b"2")
+        assert command_identity(Command(line)) != first
