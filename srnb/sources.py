@@ -274,7 +274,7 @@ def command_identity(
     "What tells a program from others: its line, and the bytes of the files that the line names"
     said = [command.line]
     for w in command.words:
-        for o in {w, w.partition("=")[2]}:
+        for o in (w, w.partition("=")[2]):
             if not os.path.isfile(o): continue
             with open(o, "rb") as f: said.append(hashlib.file_digest(f, "sha256").hexdigest())
     return f"command {hashlib.sha256(chr(31).join(said).encode()).hexdigest()}"
