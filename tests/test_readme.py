@@ -65,7 +65,7 @@ def run(command:str, cwd:Path, env:dict)->None:
 
 def test_every_kind_is_run_here():
     "A command that README gains must be run below"
-    known = "make", "papermill", "srnb upscale", "srnb train", "echo", "accelerate launch"
+    known = "make", "papermill", "srnb upscale", "srnb bench", "srnb train", "echo", "accelerate launch"
     kinds = [re.search("|".join(rf"\b{o}\b" for o in known), o) for o in FOUND]
     assert FOUND and all(kinds), [o for o, k in zip(FOUND, kinds, strict=True) if not k]
     assert {*known} == {k[0] for k in kinds}
@@ -104,6 +104,20 @@ def test_papermill(command, root, tmp_path, places, clean_env):
         command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)
     assert list(tmp_path.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("command", [o for o in FOUND if "srnb bench" in o])
+def test_bench(command, tmp_path, clean_env):
+    import torch
+
+    from srnb.baselines import bicubic_x4
+    from srnb.core import bicubic, generator, write_image
+    gt = bicubic(torch.rand(1, 3, 64, 64, generator=generator(0)), (512, 512))
+    lq = bicubic(gt, (128, 128))
+    for name, image in (("sets/realsr/gt", gt), ("sets/realsr/lq", lq), ("outputs", bicubic_x4(lq)/2)):
+        write_image(tmp_path/name/"a.png", image[0])
+    run(command.replace("path/to/testsets", "sets"), tmp_path, clean_env)
+    if "-o bench" in command: assert "| mine |" in (tmp_path/"bench/table.md").read_text()
 
 
 @pytest.mark.parametrize("command", [o for o in FOUND if "srnb upscale" in o])
