@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['flow_scalings', 'channel_norm', 'Block', 'Regressor', 'UNetConfig', 'SmallUNet', 'boundary_scalings', 'OneStepConfig',
            'OneStep', 'OneStepUNet', 'SwinConfig', 'WindowAttention', 'SwinLayer', 'SwinBlock', 'NearestConv',
-           'SwinUNet', 'save_net', 'load_net']
+           'SwinUNet', 'closed_scalings', 'RRDBConfig', 'DenseBlock', 'RRDB', 'RRDBNet', 'pruned', 'save_net',
+           'load_net']
 
 # %% ../nbs/10_nets.ipynb #10-nets-004
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,16 +55,17 @@ class Block(nn.Module):
 # %% ../nbs/10_nets.ipynb #10-nets-013
 class Regressor(nn.Module):
     "Conditional mean of the residual: a plain residual network on the low-resolution grid"
-    def __init__(self, channels:int, blocks:int, scale:int):
+    def __init__(self, channels:int, blocks:int, scale:int, more:int=0): # more: channels of what is known besides
         super().__init__()
-        self.scale, self.head = scale, nn.Conv2d(3, channels, 3, padding=1)
+        self.scale, self.head = scale, nn.Conv2d(3+more, channels, 3, padding=1)
         self.inner = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(blocks))
         self.outer = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(blocks))
         self.tail = nn.Conv2d(channels, 3*scale*scale, 3, padding=1)
         for conv in (*self.outer, self.tail): nn.init.zeros_(conv.weight), nn.init.zeros_(conv.bias)
 
-    def forward(self, lq:Tensor)->Tensor:
-        h = self.head(4*lq - 2)
+    def forward(self, lq:Tensor, more:Tensor|None=None)->Tensor: # more (B,C,h,w)
+        h = 4*lq - 2
+        h = self.head(h if more is None else torch.cat([h, more.to(h.dtype)], 1))
         for a, b in zip(self.inner, self.outer, strict=True): h = h + b(F.silu(a(channel_norm(h))))
         return F.pixel_shuffle(self.tail(h), self.scale)
 
@@ -99,7 +102,10 @@ class UNetConfig:
     mean_channels:int = 64                     # of the regression head
     mean_blocks:int = 8                        # of the regression head
     scale:int = 4                              # upscaling factor
+    restored:bool = False                      # whether a restorer's picture stands beside the input
+    features:int = 0                           # channels of the restorer's features, on the low-resolution grid
     def __post_init__(self):
+        if self.features and not self.restored: raise ValueError("features are a restorer's: set restored")
         if len(self.channels) != len(self.blocks):
             raise ValueError(f"one number of blocks per level: channels {self.channels}, blocks {self.blocks}")
 
@@ -109,23 +115,43 @@ class SmallUNet(nn.Module):
     def __init__(self, config:UNetConfig=UNetConfig()):  # noqa: B008 (frozen)
         super().__init__()
         self.config, c, e, f = config, config.channels, config.emb, config.scale
-        self.mean = Regressor(config.mean_channels, config.mean_blocks, f)
-        self.head = nn.Conv2d(3*3*f*f, c[0], 3, padding=1)
+        more = 3*config.restored + self.deep # channels beside the picture, at its size
+        self.mean = Regressor(config.mean_channels, config.mean_blocks, f, more*f*f)
+        self.head = nn.Conv2d((3*3+more)*f*f, c[0], 3, padding=1)
+        self.restorer = None # lq -> (picture, features or None); frozen, and in no file of this network
         _add_trunk(self, c, config.blocks, e)
         self.tail = nn.Conv2d(c[0], 3*f*f, 3, padding=1)
         nn.init.zeros_(self.tail.weight), nn.init.zeros_(self.tail.bias)
+
+    @property
+    def deep(self)->int: # channels of the restorer's features, folded to the picture's size
+        return -(-self.config.features//self.config.scale**2)
 
     @property
     def stride(self)->int: # pixels of which both sides of an image must be multiples
         return self.config.scale*2**len(self.shrink)
 
 # %% ../nbs/10_nets.ipynb #10-nets-019
+def _restored(self, lq:Tensor, y:Tensor)->Tensor: # (B,3+deep,H,W): what a restorer says
+    if self.restorer is None:
+        raise ValueError("this network stands on a restorer's picture: give the one that it was trained with, "
+                         "from_pretrained(..., restorer=...)")
+    f = self.config.scale
+    with torch.no_grad(): sr, features = self.restorer(lq)
+    beside = [(sr.float()*2 - 1 - y)*2] # how it differs from the enlargement
+    if self.deep:
+        free = self.deep*f*f - self.config.features
+        beside.append(F.pixel_shuffle(F.pad(channel_norm(features.float()), (0, 0, 0, 0, 0, free)), f))
+    return torch.cat(beside, 1)
+
 def _encode(self,
     lq:Tensor, # (B,3,h,w), [0, 1]
-)->Tensor:     # (B,6,H,W): the bicubic enlargement in [-1, 1], then the regressed mean of z
+)->Tensor:     # (B,6+,H,W): bicubic enlargement in [-1, 1], regressed mean of z, what a restorer adds
     "All that the network needs of an input; compute it once per image"
     y = bicubic(lq, [self.config.scale*n for n in lq.shape[-2:]])*2 - 1
-    return torch.cat([y, self.mean(lq).float()], 1)
+    if not self.config.restored: return torch.cat([y, self.mean(lq).float()], 1)
+    beside = self.restored(lq, y)
+    return torch.cat([y, self.mean(lq, F.pixel_unshuffle(beside, self.config.scale)).float(), beside], 1)
 
 def _check_sides(x:Tensor, stride:int, cond:Tensor, factor:int, name:str)->None: # name: of cond
     (h, w), sides = x.shape[-2:], tuple(cond.shape[-2:])
@@ -141,22 +167,24 @@ def _features(self, x:Tensor, sigma:Tensor, cond:Tensor)->Tensor:
 def _forward(self,
     x:Tensor,     # (B,3,H,W) noisy state of the residual, unit variance for z and eps
     sigma:Tensor, # (B,) in [0, 1]
-    cond:Tensor,  # (B,3,H/4,W/4) lq in [0, 1], or (B,6,H,W) from `encode`, which spares doing it again
+    cond:Tensor,  # (B,3,H/4,W/4) lq in [0, 1], or from `encode` (B,6+,H,W), which spares doing it again
     return_mean:bool=False, # give the mean too, for its own loss; the velocity never trains it
 )->Tensor:        # (B,3,H,W) velocity eps - z, or (velocity, mean)
     "Predicted velocity; sides must be multiples of the coarsest stride"
-    if cond.shape[1] not in (3, 6):
-        raise ValueError(f"cond must be lq (3 channels) or come from encode (6), got {cond.shape[1]} channels")
-    encoded = cond.shape[1] == 6
+    channels = 6 + 3*self.config.restored + self.deep
+    if cond.shape[1] not in (3, channels):
+        raise ValueError(f"cond must be lq (3 channels) or come from encode ({channels}), got {cond.shape[1]} channels")
+    encoded = cond.shape[1] == channels
     _check_sides(x, self.stride, cond, 1 if encoded else self.config.scale, "cond" if encoded else "lq")
     if not encoded: cond = self.encode(cond)
-    mean, cond = cond[:, 3:], cond.detach()
+    mean, cond = cond[:, 3:6], cond.detach()
     c_skip, c_out, c_in = (like_batch(c, x) for c in flow_scalings(sigma))
-    x = x - like_batch(1-sigma, x)*cond[:, 3:]
-    v = c_skip*x + c_out*self.features(c_in*x, sigma, cond) - cond[:, 3:]
+    x = x - like_batch(1-sigma, x)*cond[:, 3:6]
+    v = c_skip*x + c_out*self.features(c_in*x, sigma, cond) - cond[:, 3:6]
     return (v, mean) if return_mean else v
 
-SmallUNet.encode, SmallUNet.features, SmallUNet.forward = _encode, _features, _forward
+SmallUNet.restored, SmallUNet.encode = _restored, _encode
+SmallUNet.features, SmallUNet.forward = _features, _forward
 
 # %% ../nbs/10_nets.ipynb #10-nets-032
 def boundary_scalings(
@@ -182,6 +210,7 @@ class OneStepConfig:
 
 class OneStep(nn.Module):
     "A network that answers with the clean image in [-1, 1]; subclasses have `features` and `stride` [CTMSR, eq. 9]"
+    scalings = staticmethod(boundary_scalings) # sigma -> c_skip, c_out, c_noise
     def forward(self,
         x:Tensor,     # (B,3,H,W) state of residual shifting, z and y in [-1, 1]
         sigma:Tensor, # (B,) in [0, 1]
@@ -189,7 +218,7 @@ class OneStep(nn.Module):
     )->Tensor:        # (B,3,H,W)
         "Predicted clean image; sides must be multiples of `stride`"
         _check_sides(x, self.stride, cond, self.config.scale, "lq")
-        c_skip, c_out, c_noise = boundary_scalings(sigma)
+        c_skip, c_out, c_noise = self.scalings(sigma)
         return like_batch(c_skip, x)*x + like_batch(c_out, x)*self.features(x, c_noise, cond)
 
 class OneStepUNet(OneStep):
@@ -301,10 +330,13 @@ class SwinBlock(nn.Module):
 
 # %% ../nbs/10_nets.ipynb #10-nets-042
 class NearestConv(nn.Conv2d):
-    "Twice as large by nearest neighbour, then a 3x3 convolution; computed before the enlargement"
-    def __init__(self, channels:int): super().__init__(channels, channels, 3, padding=1)
+    "Larger by nearest neighbour, then a 3x3 convolution; twice as large is computed before the enlargement"
+    def __init__(self, channels:int, factor:int=2):
+        super().__init__(channels, channels, 3, padding=1)
+        self.factor = factor
 
     def forward(self, x:Tensor)->Tensor:
+        if self.factor != 2: return super().forward(F.interpolate(x, scale_factor=self.factor))
         (b, _, h, w), n = x.shape, self.out_channels
         def split(kernel, dim): # what even and odd places see
             first, mid, last = kernel.unbind(dim)
@@ -370,6 +402,111 @@ class SwinUNet(OneStep):
         h = self.out(F.silu(self.norm(h)))
         for conv in self.enlarge: h = F.leaky_relu(conv(h), .2)
         return self.tail(h)
+
+# %% ../nbs/10_nets.ipynb #10-nets-rrdb2
+def closed_scalings(
+    sigma:Tensor,                   # (B,) in [0, 1]
+)->tuple[Tensor, Tensor, Tensor]:   # c_skip, c_out, c_noise, each (B,)
+    "`boundary_scalings` under which nothing of the state passes the network at sigma = 1"
+    c_skip, _, c_noise = boundary_scalings(sigma)
+    c_skip = (1-sigma)*c_skip
+    return c_skip, (1-c_skip).clamp(min=0).sqrt(), c_noise
+
+# %% ../nbs/10_nets.ipynb #10-nets-rrdb4
+@dataclass(frozen=True)
+class RRDBConfig:
+    "Shape of an `RRDBNet`"
+    channels:int = 64 # on the low-resolution grid and above it
+    growth:int = 32   # channels that a convolution of a dense block adds
+    blocks:int = 6    # of three dense blocks each; Real-ESRGAN has 23
+    emb:int = 32      # width of the noise embedding
+    scale:int = 4     # upscaling factor
+    def __post_init__(self):
+        if self.scale not in range(1, 9):
+            raise ValueError(f"scale must be a whole number from 1 to 8, got {self.scale}")
+
+class DenseBlock(nn.Module):
+    "Five convolutions, each of which sees all before it"
+    def __init__(self, channels:int, growth:int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels+i*growth, growth if i < 4 else channels, 3, padding=1)
+                                   for i in range(5))
+
+    def forward(self, x:Tensor)->Tensor:
+        seen = [x]
+        for conv in self.convs[:-1]: seen.append(F.leaky_relu(conv(torch.cat(seen, 1)), .2, inplace=True))
+        return x + .2*self.convs[-1](torch.cat(seen, 1))
+
+class RRDB(nn.Sequential):
+    "Three dense blocks around which the input is added once more"
+    def __init__(self, channels:int, growth:int): super().__init__(*(DenseBlock(channels, growth) for _ in range(3)))
+    def forward(self, x:Tensor)->Tensor: return x + .2*super().forward(x)
+
+def _steps_of(scale:int)->list[int]: # its prime factors: 4 is twice 2
+    return next(([p, *_steps_of(scale//p)] for p in range(2, scale+1) if scale % p == 0), [])
+
+# %% ../nbs/10_nets.ipynb #10-nets-rrdb5
+class RRDBNet(OneStep):
+    "Real-ESRGAN's network, of any number of blocks, with a state and a level [Wang+ 2021; CTMSR, eq. 9]"
+    config_class, scalings, lora_targets = RRDBConfig, staticmethod(closed_scalings), r".*\.convs\.\d"
+    of_state = "state", "embed", "modulate" # parts that a restorer does not use
+    def __init__(self, config:RRDBConfig=RRDBConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config, c, f = config, config.channels, config.scale
+        self.first, self.body = (nn.Conv2d(n, c, 3, padding=1) for n in (3, c))
+        self.blocks = nn.ModuleList(RRDB(c, config.growth) for _ in range(config.blocks))
+        self.up = nn.ModuleList(NearestConv(c, n) for n in _steps_of(f))
+        self.full, self.last = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 3, 3, padding=1)
+        self.state = nn.Conv2d(3*f*f, c, 3, padding=1, bias=False)
+        self.embed = nn.Sequential(nn.Linear(2*16, config.emb), nn.SiLU())
+        self.modulate = nn.Linear(config.emb, 2*c*config.blocks)
+        for zero in (self.state.weight, self.modulate.weight, self.modulate.bias): nn.init.zeros_(zero)
+        self.register_buffer("freqs", torch.logspace(-1, 1.5, 16), persistent=False)
+
+    @property
+    def stride(self)->int: return self.config.scale
+
+    def deep(self, x:Tensor, c_noise:Tensor, lq:Tensor)->Tensor: # (B,C,h,w): all that is known on the small grid
+        angle = c_noise.float()[:, None]*self.freqs*torch.pi
+        level = self.modulate(self.embed(torch.cat([angle.sin(), angle.cos()], 1)))[:, :, None, None]
+        h = start = self.first(lq) + self.state(F.pixel_unshuffle(x, self.config.scale))
+        for block, by in zip(self.blocks, level.chunk(len(self.blocks), 1), strict=True):
+            scale, shift = by.chunk(2, 1)
+            h = block(h)*(1+scale) + shift
+        return start + self.body(h)
+
+    def picture(self, h:Tensor)->Tensor: # of these features, (B,3,H,W) float32 in [0, 1], which it may leave
+        for conv in self.up: h = F.leaky_relu(conv(h), .2, inplace=True)
+        h = F.leaky_relu(self.full(h), .2, inplace=True)
+        with torch.autocast(h.device.type, enabled=False): return self.last(h.float()) # bfloat16 would round to a level
+
+    def features(self, x:Tensor, c_noise:Tensor, lq:Tensor)->Tensor:
+        "The network's own part F (B,3,H,W)"
+        return 2*self.picture(self.deep(x, c_noise, lq)) - 1
+
+    def restore(self,
+        lq:Tensor, # (B,3,h,w), [0, 1]
+    )->tuple[Tensor, Tensor]: # sr (B,3,H,W), [0, 1], float32; features (B,C,h,w) from which it was made
+        "The picture at sigma = 1 from a state without noise"
+        y, one = bicubic(lq, [self.config.scale*n for n in lq.shape[-2:]])*2 - 1, lq.new_ones(len(lq))
+        h = self.deep(y, self.scalings(one)[2], lq)
+        return self.picture(h).clamp(0, 1), h
+
+def pruned(
+    net:RRDBNet,
+    keep:Sequence[int], # blocks that stay, ascending
+)->RRDBNet:             # its own weights
+    "The same network with fewer blocks"
+    if not keep or list(keep) != sorted({*keep}) or not 0 <= keep[0] <= keep[-1] < len(net.blocks):
+        raise ValueError(f"keep must name blocks 0 to {len(net.blocks)-1} in ascending order, each once, got {keep}")
+    small, state, c = RRDBNet(replace(net.config, blocks=len(keep))), net.state_dict(), 2*net.config.channels
+    for n in list(state):
+        if n.startswith("blocks."): del state[n]
+        if n.startswith("modulate."): state[n] = torch.cat([state[n][k*c:(k+1)*c] for k in keep])
+    for new, old in enumerate(keep):
+        state |= {f"blocks.{new}.{n}": v for n, v in net.blocks[old].state_dict().items()}
+    small.load_state_dict(state)
+    return small
 
 # %% ../nbs/10_nets.ipynb #10-nets-053
 def _check_class(net:type[nn.Module])->None:

@@ -33,7 +33,7 @@ from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
 from .policies import (EMPTY, PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
-                           influence, save_pretrained, text_ids)
+                           influence, restorer_of, save_pretrained, stand_on, text_ids)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           drop_scorers, st_lpips_loss)
 from .runs import (Base, Data, Judging, add_trained, blind_of, check_blind, check_readable, check_unseen, claimed,
@@ -152,7 +152,7 @@ class Patches(Checked):
         where = f"{type(self).__name__}.init"
         if own_file(self.init): from_file(self.init, where)
         elif self.init and not self.backbone: check_policy(self.init, where)
-        if self.init and self.net != type(self).net:
+        if self.init and getattr(self, "net", None) != getattr(type(self), "net", None):
             raise ValueError(f"{where} brings its own network: leave net out")
 
     @property
@@ -203,6 +203,7 @@ def train_network(
 class BaseRun(Patches):
     "A supervised base from photographs"
     net:UNetConfig = UNetConfig()
+    restorer:str|None = None     # a policy, a checkpoint or `file.py:NAME`: lq -> sr, on which it stands; None: none
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50)
     options:BackboneOptions = BackboneOptions(train="whole") # of a backbone
     prompts:str|None = None      # JSON file, id of a photograph to its prompt, for a backbone; None: empty prompts
@@ -227,6 +228,12 @@ class BaseRun(Patches):
         if self.backbone and self.options.train == "base":
             raise ValueError("BaseRun.options.train must be whole (the control branch) or control (LoRA on it): the "
                              "base itself does not see the input, whatever it is trained on")
+        if self.restorer and self.init:
+            raise ValueError(f"BaseRun.restorer: {self.init} stands on its own restorer, or on none: leave restorer or "
+                             "init out")
+        if self.restorer: restorer_of(self.restorer, "BaseRun.restorer") # it is there, and answers
+        if self.net.restored and not self.restorer:
+            raise ValueError("BaseRun.net.restored is set by naming a restorer: leave it out")
         if self.net.scale != 4:
             raise ValueError(f"BaseRun.net: photographs are made four times smaller, got scale = {self.net.scale}")
 
@@ -239,7 +246,9 @@ def train_base(
     "Train a base; resumes, and says so if it is already done"
     if run.backbone: return train_branch(run)
     out, photos = Path(run.out), photos_in(run.photos, "train")
-    said = record_of(run, trained_on=trained_on(photos))
+    restorer, net = restorer_of(run.restorer) if run.restorer else None, run.net
+    if restorer: net = replace(net, restored=True, features=restorer.features)
+    said = record_of(run, trained_on=trained_on(photos), **(dict(restorer=restorer.said) if restorer else {}))
     processes(run.loop)
     refuse_fsdp()
     if is_done(out, said, "policy/policy.json"): return out
@@ -247,7 +256,8 @@ def train_base(
     def new():
         lq, gt = pool.batch(512, run.patch, generator(seed_of(run.seed, "scale")))
         scale = ResidualCodec(1.).encode(gt, lq).square().mean().sqrt().item()
-        return Policy(SmallUNet(run.net), codec=ResidualCodec(round(scale, 4)))
+        base = Policy(SmallUNet(net), codec=ResidualCodec(round(scale, 4)))
+        return stand_on(base, restorer) if restorer else base
     policy = run.policy(new)
     def learn(): return fit(policy, sft_loss(pool, policy, run), run.loop, out)[1]
     return train_network(run, said, policy, {p.sha256 for p in photos} | seen_by(run.init, policy), learn)

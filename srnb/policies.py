@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Policy', 'in_eval', 'influence', 'check_reads',
            'layers_of', 'parts_of', 'usual_dtype', 'save_pretrained', 'policy_folder', 'check_policy',
-           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter', 'drop_adapters']
+           'from_pretrained', 'bare_name', 'base_print', 'save_adapter', 'base_of', 'load_adapter', 'drop_adapters',
+           'Restorer', 'restorer_of', 'stand_on']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
 import hashlib
@@ -26,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import nearest
+from .baselines import spandrel_model
+from .config import from_file, nearest, own_file, own_files
 from .core import DoesNotFit, bicubic, check_images, generator, quantize, randn_each, seed_of, write_json
 from .nets import load_net, save_net
 from .paths import SAMPLERS, Flow, Shift, convert, sample_ddim
@@ -105,6 +107,10 @@ class Policy:
     @property
     def stride(self)->int: # pixels: both sides of an image are multiples
         return getattr(self.net, "module", self.net).stride
+
+    @property
+    def restorer(self): # a Restorer, if the network stands on one
+        return getattr(getattr(self.net, "module", self.net), "restorer", None)
 
     def autocast(self):
         half = self.dtype != torch.float32
@@ -413,6 +419,7 @@ def save_pretrained(
                          f"got {policy.trained_on!r} with a {type(policy.codec).__name__}")
     save_net(policy.net, folder, dtype)
     meta = dict(trained_on=trained_on, scale=policy.codec.scale, sampler=sampler)
+    if policy.restorer: meta["restorer"] = dict(name=policy.restorer.name, said=policy.restorer.said)
     write_json(Path(folder)/"policy.json", meta)
     return Path(folder)
 
@@ -442,6 +449,7 @@ def from_pretrained(
     dtype:torch.dtype=torch.float32,  # of the arithmetic
     device:str|torch.device="cpu",
     net:type[nn.Module]|None=None,    # class of a network that is your own
+    restorer:str|Path|Policy|Callable|None=None, # what it stands on, as `restorer_of` takes it; None: as its file says
 )->Policy:
     "Read a policy; it can run on any path of room 02"
     name, folder = str(folder), policy_folder(folder)
@@ -456,6 +464,21 @@ def from_pretrained(
     codec = codec(meta["scale"], net.config.scale)
     policy = Policy(net, path or trained_on, trained_on, codec, dtype, SAMPLERS[sampler])
     policy.source, policy.name = folder, name
+    return _on_its_own(policy, meta.get("restorer"), restorer)
+
+def _on_its_own(policy:Policy, said:dict|None, given)->Policy: # upon the restorer that it was trained with
+    folder = policy.source
+    if not said:
+        if given is not None: raise ValueError(f"{folder} stands on no restorer: leave restorer out")
+        return policy
+    if given is None and said["name"] is None:
+        raise ValueError(f"{folder} stands on a restorer without a name ({said['said']}): give it, "
+                         "from_pretrained(..., restorer=...)")
+    try: stand_on(policy, said["name"] if given is None else given)
+    except (FileNotFoundError, ValueError) as e: raise ValueError(f"{folder} stands on a restorer: {e}") from e
+    if (found := policy.restorer.said) != said["said"]:
+        raise ValueError(f"{folder} was trained upon the restorer {said['name'] or 'without a name'} ({said['said']}), "
+                         f"and this one is {found}: give the one that it knows, or train a base on this one")
     return policy
 
 # %% ../nbs/11_policies.ipynb #11-policies-039
@@ -599,4 +622,97 @@ def drop_adapters(
         for _, layer in layers_of(policy.net): layer._active_adapter = [] # of a copied part the original shall stay
         policy.net = policy.net.unload()
     policy.off, policy._layers = set(), []
+    return policy
+
+# %% ../nbs/11_policies.ipynb #11-restorer-2
+class Restorer:
+    "An upscaler on which a base stands, frozen; it may give its features beside its picture"
+    def __init__(self,
+        restore:Callable,   # lq (B,3,h,w) in [0, 1] -> sr (B,3,H,W) in [0, 1], or (sr, features (B,C,h,w))
+        name:str|None,      # by which it is found again; None: it has none
+        said:str,           # what tells it from others
+        own:Policy|None=None, # the policy that it is
+    ):
+        self.restore, self.name, self.said, self.own = restore, name, said, own
+        self.scale = self.features = 0 # `measured` looks
+
+    @torch.no_grad()
+    def __call__(self, lq:Tensor)->tuple[Tensor, Tensor|None]: # as `restore` gives them
+        "Its picture and its features, on the device of lq; a foreign function runs in float32"
+        if self.own:
+            if self.own.device != lq.device: self.own.net.to(lq.device)
+            return self._pair(lq)
+        with torch.autocast(lq.device.type, enabled=False): return self._pair(lq.float())
+
+    def _pair(self, lq): return found if isinstance(found := self.restore(lq), tuple) else (found, None)
+
+    def __deepcopy__(self, memo): return self # frozen: nobody changes it
+
+    def measured(self)->"Restorer":
+        "Ask for a small picture; ValueError unless the answer is one picture, larger by a whole number"
+        lq, called = quantize(torch.rand((1, 3, 16, 24), generator=generator(0))), self.name or "restorer"
+        sr, features = self(lq.to(self.own.device if self.own else "cpu"))
+        shape = tuple(sr.shape) if isinstance(sr, Tensor) else type(sr).__name__
+        scale = shape[-1]//24 if isinstance(shape, tuple) else 0
+        if not scale or shape != (1, 3, 16*scale, 24*scale):
+            raise ValueError(f"{called} answers a picture of shape {tuple(lq.shape)} with {shape}, which is no "
+                             "enlargement by a whole number")
+        if not sr.isfinite().all() or sr.min() < -.01 or sr.max() > 1.01:
+            raise ValueError(f"{called} must answer in [0, 1], got values from {sr.min():.3g} to {sr.max():.3g}")
+        if features is not None and features.shape[-2:] != lq.shape[-2:]:
+            raise ValueError(f"features of {called} must lie on the grid of its input {tuple(lq.shape[-2:])}, got "
+                             f"{tuple(features.shape)}")
+        self.scale, self.features = scale, 0 if features is None else features.shape[1]
+        return self
+
+def restorer_of(
+    of:str|Path|Policy|Callable, # a name of a policy, a checkpoint (.pth, .safetensors), `file.py:NAME`, or the thing
+    where:str="restorer",        # for errors: the field
+)->Restorer:
+    "What a base can stand on"
+    if isinstance(of, Restorer): return of
+    name, found = (str(of), of) if isinstance(of, str|Path) else (getattr(of, "name", None), of)
+    if isinstance(of, str|Path):
+        if own_file(name): found = from_file(name, where)
+        elif Path(name).suffix.lower() in (".pth", ".safetensors"): return _checkpoint(Path(name)).measured()
+        else:
+            check_policy(name, where)
+            found = from_pretrained(name)
+    if isinstance(found, Policy): return _policy_restorer(found, name).measured()
+    if not callable(found):
+        raise TypeError(f"{where} must be a policy, a checkpoint or a function lq -> sr, got {type(of).__name__}")
+    file = f", file {own_files(name)[name][:16]}" if name and own_file(name) else ""
+    return Restorer(found, name, f"function {getattr(found, '__name__', type(found).__name__)}{file}").measured()
+
+def _policy_restorer(policy:Policy, name:str|None)->Restorer:
+    if hasattr(policy.net, "peft_config"): raise ValueError("a restorer carries no adapters: merge or drop them")
+    if policy.restorer: raise ValueError("a restorer stands on no restorer of its own")
+    policy.net.requires_grad_(False).eval()
+    def sampled(lq): return policy.solve(lq, torch.zeros(len(lq), *policy.codec.shape(lq)))
+    return Restorer(getattr(policy.net, "restore", sampled), name, f"policy {base_print(policy)}", policy)
+
+def _checkpoint(path:Path)->Restorer:
+    restore = spandrel_model(path)
+    with open(path, "rb") as f: sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return Restorer(restore, str(path), f"checkpoint {sha256[:16]}")
+
+def stand_on(
+    policy:Policy, # whose network was made for it: `restored`, and as many features
+    of,            # what `restorer_of` takes
+)->Policy:         # the same
+    "Put a base on a restorer"
+    restorer, config = restorer_of(of), policy.net.config
+    if not getattr(config, "restored", False):
+        raise ValueError(f"{policy.name or 'this network'} was not made for a restorer: its config must say restored")
+    if restorer.scale != policy.codec.factor:
+        raise ValueError(f"the restorer {restorer.name or restorer.said} enlarges {restorer.scale} times, and the base "
+                         f"{policy.codec.factor} times: both must have one scale")
+    if config.features and restorer.features != config.features:
+        raise ValueError(f"the base reads {config.features} features, and the restorer "
+                         f"{restorer.name or restorer.said} gives {restorer.features}: take the restorer that it was "
+                         "trained with")
+    if restorer.own and policy.stride % restorer.own.stride:
+        raise ValueError(f"the restorer's stride {restorer.own.stride} must divide the base's {policy.stride}")
+    policy.net.restorer = restorer
+    policy.settings, policy.parts = (*policy.settings, restorer.said), f"{policy.parts} upon {restorer.said}"
     return policy
