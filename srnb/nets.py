@@ -478,7 +478,8 @@ class RRDBNet(OneStep):
     def picture(self, h:Tensor)->Tensor: # of these features, (B,3,H,W) float32 in [0, 1], which it may leave
         for conv in self.up: h = F.leaky_relu(conv(h), .2, inplace=True)
         h = F.leaky_relu(self.full(h), .2, inplace=True)
-        with torch.autocast(h.device.type, enabled=False): return self.last(h.float()) # bfloat16 would round to a level
+        with torch.autocast(h.device.type, enabled=False): # bfloat16 would round to a level
+            return F.conv2d(h.float(), self.last.weight.float(), self.last.bias.float(), padding=1)
 
     def features(self, x:Tensor, c_noise:Tensor, lq:Tensor)->Tensor:
         "The network's own part F (B,3,H,W)"

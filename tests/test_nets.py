@@ -10,11 +10,11 @@ from torch import nn
 
 from srnb import nets
 from srnb.core import check_close, generator
-from srnb.nets import (NearestConv, OneStepConfig, OneStepUNet, SmallUNet, SwinBlock, SwinConfig, SwinUNet,
-                       UNetConfig, WindowAttention, boundary_scalings, load_net, save_net)
+from srnb.nets import (NearestConv, OneStepConfig, OneStepUNet, RRDBConfig, SmallUNet, SwinBlock, SwinConfig,
+                       SwinUNet, UNetConfig, WindowAttention, boundary_scalings, load_net, save_net)
 
 TINY = dict(SmallUNet=UNetConfig((16, 24), (1, 1), 16, 8, 1), OneStepUNet=OneStepConfig((16, 24), (1, 1), 16, 8),
-            SwinUNet=SwinConfig((16, 24), 1, emb=32, width=16, heads=2, window=4))
+            SwinUNet=SwinConfig((16, 24), 1, emb=32, width=16, heads=2, window=4), RRDBNet=RRDBConfig(8, 4, 2, 12))
 KINDS = [pytest.param(k, id=k) for k in TINY]
 ONE_STEP = [pytest.param(k, id=k) for k in TINY if k != "SmallUNet"]
 
@@ -192,7 +192,7 @@ def test_bf16(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_inputs(kind):
     net, (x, sigma, lq) = tiny(kind), inputs()
-    with pytest.raises(ValueError, match="multiples of 8 pixels"): net(x[..., :36], sigma, lq[..., :9])
+    with pytest.raises(ValueError, match=f"multiples of {net.stride} pixels"): net(x[..., :38], sigma, lq[..., :9])
     with pytest.raises(ValueError, match="4 times lq"): net(x, sigma, lq[..., :8])
 
 
