@@ -155,6 +155,9 @@ class DistilRun(Patches):
         self.at_least(0, "margin")
         if self.versions:
             raise ValueError(f"DistilRun.versions: crops are damaged anew, leave it 0, got {self.versions}")
+        if self.init and self.keep != type(self).keep:
+            raise ValueError(f"DistilRun.keep = {self.keep} is of Real-ESRGAN's blocks, and init brings its own: leave "
+                             "one out")
         inner = self.patch - 2*self.margin
         if not 32 <= self.window <= inner:
             raise ValueError(f"window must lie in [32, patch - 2*margin = {inner}], got {self.window}")

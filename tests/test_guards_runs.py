@@ -26,7 +26,7 @@ from srnb.core import bicubic, check_close, generator, to_pil
 from srnb.curation import finished_groups, group_seeds, hpo_weights, read_group, top_bottom
 from srnb.data import embedded_photos, find_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST, SEESR
-from srnb.nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
+from srnb.nets import OneStepConfig, OneStepUNet, RRDBConfig, RRDBNet, SmallUNet, UNetConfig
 from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
 from srnb.pairs import Draw, Logistic, draw_loss, split_backward
 from srnb.paths import SAMPLERS, VPV, Shift
@@ -81,6 +81,13 @@ def matched(w):
         "match.match_loop", FEW)
 
 
+def distilled(w):
+    crops = below("crops", dict(side=64, first=3, fresh=2, every=1, most=5, clean=.1, mild=.3))
+    pulls = {f"{o}.{k}": v for o in ("to_teacher", "to_truth") for k, v in (("l1", 1.), ("lpips", .3))}
+    return patches(w) | crops | pulls | dict(degradation="resshift_train", versions=0, patch=40, margin=4, window=32,
+                                             teacher=w["onestep"], init=w["restorer"])
+
+
 def one_step(w): return matched(w) | below("net", dict(channels=(16, 16), blocks=(1, 1), emb=16, tail=8))
 
 
@@ -88,6 +95,7 @@ GIVEN = {"method.losers": {"is": "Given", "outputs": ["bicubic", "base"]}, "meth
 SETTINGS = dict( # name -> preset, the choices that make another method of it, how it is made small
     dp2o=("dp2o", {}, by_reward), asasr=("asasr", {}, imitated), dro=("dro", {}, online), dpo=("dpo", {}, aligned),
     sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
+    distil=("distil", {}, distilled),
     given=("asasr", GIVEN, lambda w: aligned(w) | {"method.link.kappa": 100.}),
     riesz=("asasr", {"method.losers": {"is": "Riesz", "radius": .05}, "method.start": None},
            lambda w: aligned(w) | {"method.link.kappa": 100.}),
@@ -97,7 +105,7 @@ SETTINGS = dict( # name -> preset, the choices that make another method of it, h
     warm=("base", {}, lambda w: patches(w) | dict(init=w["tiny"])),
     continued=("ctmsr", {}, lambda w: matched(w) | dict(init=w["onestep"])))
 PRESETS = [n for n, o in SETTINGS.items() if n == o[0]]
-ALIGNED = [n for n in SETTINGS if n not in ("base", "ctmsr", "warm", "continued")]
+ALIGNED = [n for n in SETTINGS if n not in ("base", "ctmsr", "distil", "warm", "continued")]
 ONE = {"method.winners.n": 1, "method.losers.intra": False, "method.losers.inter": False} # one pair, of weight 1
 
 
@@ -222,7 +230,19 @@ OWN = { # of one setting
         compile=(True, OTHER))) | {
         "prompts": (given("prompts"), "!BaseRun.prompts is for"),
         "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
+        "restorer": (given("restorer"), "log policy"), "net.restored": (True, "!by naming a restorer"),
+        "net.features": (8, "!set restored"),
         "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
+    "distil": {k: v for k, v in PATCHES.items() if not k.startswith("net.")} | looped("loop", "policy", "log", "kept"
+        ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(3, "log policy"),
+                                every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
+                                mild=(.7, "log policy"))) | below("to_teacher", dict(
+            l1=(.5, "log policy"), lpips=(.8, "log policy"))) | below("to_truth", dict(
+            l1=(.5, "log policy"), lpips=(.8, "log policy"))) | dict(
+        versions=(2, "!leave it 0"), max_side=(96, "log policy"), patch=(44, "log policy"), margin=(3, "log policy"),
+        window=(36, "log policy", dict(margin=2)),
+        teacher=(given("onestep2"), "log policy", {"to_truth.l1": 0., "to_truth.lpips": 0.}),
+        init=(given("restorer2"), "log policy"), keep=((0,), "policy", dict(init=None))),
     "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
         init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),
         size=(80, "after metrics"), eval_m=(3, "after metrics"), judges=(("ssim_y",), "metrics"),
@@ -280,11 +300,11 @@ def chosen():
 # ---------------------------------------------------------------- folders and runs that the tests share
 
 
-def random_policy(folder, net, *rest, seed=0):
+def random_policy(folder, net, *rest, seed=0, gain=.4):
     g = generator(seed)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g)*(.4/p[0].numel()**.5 if p.ndim > 1 else .05))
+            p.copy_(torch.randn(p.shape, generator=g)*(gain/p[0].numel()**.5 if p.ndim > 1 else .05))
     return str(save_pretrained(Policy(net, *rest), folder))
 
 
@@ -305,6 +325,9 @@ def world(tmp_path_factory):
     for k, (name, more) in enumerate((("tiny", "onestep"), ("tiny2", "onestep2"))):
         w[name] = random_policy(top/name, SmallUNet(small), seed=2*k)
         w[more] = random_policy(top/more, OneStepUNet(one_step), Shift(), Shift(), PixelCodec(), seed=k)
+    for k, name in enumerate(("restorer", "restorer2")):
+        w[name] = random_policy(top/name, RRDBNet(RRDBConfig(8, 4, 2, 8)), Shift(), Shift(), PixelCodec(), seed=k,
+                                gain=1.)
     (top/"prompts.json").write_text(json.dumps({p.id: "a tree" for p in photos[:4]}))
     (top/"people.py").write_text(PEOPLE)
     return w
