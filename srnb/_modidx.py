@@ -880,6 +880,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.policies._check_base': ('policies.html#_check_base', 'srnb/policies.py'),
                                'srnb.policies._checkpoint': ('policies.html#_checkpoint', 'srnb/policies.py'),
                                'srnb.policies._foreign': ('policies.html#_foreign', 'srnb/policies.py'),
+                               'srnb.policies._found': ('policies.html#_found', 'srnb/policies.py'),
                                'srnb.policies._half': ('policies.html#_half', 'srnb/policies.py'),
                                'srnb.policies._names': ('policies.html#_names', 'srnb/policies.py'),
                                'srnb.policies._on_its_own': ('policies.html#_on_its_own', 'srnb/policies.py'),

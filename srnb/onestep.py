@@ -231,7 +231,7 @@ class BaseRun(Patches):
         if self.restorer and self.init:
             raise ValueError(f"BaseRun.restorer: {self.init} stands on its own restorer, or on none: leave restorer or "
                              "init out")
-        if self.restorer: restorer_of(self.restorer, "BaseRun.restorer") # it is there, and answers
+        if self.restorer: restorer_of(self.restorer, "BaseRun.restorer", self.net.scale)
         if self.net.restored and not self.restorer:
             raise ValueError("BaseRun.net.restored is set by naming a restorer: leave it out")
         if self.net.scale != 4:
@@ -260,7 +260,9 @@ def train_base(
         return stand_on(base, restorer) if restorer else base
     policy = run.policy(new)
     def learn(): return fit(policy, sft_loss(pool, policy, run), run.loop, out)[1]
-    return train_network(run, said, policy, {p.sha256 for p in photos} | seen_by(run.init, policy), learn)
+    seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
+    if restorer and restorer.own: seen |= seen_by(run.restorer, restorer.own) # through it the base has seen them too
+    return train_network(run, said, policy, seen, learn)
 
 def evaluate_base(
     out:str|Path,        # a finished run, or any folder that holds a policy in `policy`

@@ -668,21 +668,28 @@ class Restorer:
 def restorer_of(
     of:str|Path|Policy|Callable, # a name of a policy, a checkpoint (.pth, .safetensors), `file.py:NAME`, or the thing
     where:str="restorer",        # for errors: the field
+    scale:int|None=None,         # that it must have; None: any
 )->Restorer:
     "What a base can stand on"
-    if isinstance(of, Restorer): return of
+    if not isinstance(of, Restorer): of = _found(of, where).measured()
+    if scale not in (None, of.scale):
+        raise ValueError(f"{where}: {of.name or of.said} enlarges {of.scale} times, and the base {scale} times: both "
+                         "must have one scale")
+    return of
+
+def _found(of, where:str)->Restorer: # by its name, or from the thing
     name, found = (str(of), of) if isinstance(of, str|Path) else (getattr(of, "name", None), of)
     if isinstance(of, str|Path):
         if own_file(name): found = from_file(name, where)
-        elif Path(name).suffix.lower() in (".pth", ".safetensors"): return _checkpoint(Path(name)).measured()
+        elif Path(name).suffix.lower() in (".pth", ".safetensors"): return _checkpoint(Path(name))
         else:
             check_policy(name, where)
             found = from_pretrained(name)
-    if isinstance(found, Policy): return _policy_restorer(found, name).measured()
+    if isinstance(found, Policy): return _policy_restorer(found, name)
     if not callable(found):
         raise TypeError(f"{where} must be a policy, a checkpoint or a function lq -> sr, got {type(of).__name__}")
     file = f", file {own_files(name)[name][:16]}" if name and own_file(name) else ""
-    return Restorer(found, name, f"function {getattr(found, '__name__', type(found).__name__)}{file}").measured()
+    return Restorer(found, name, f"function {getattr(found, '__name__', type(found).__name__)}{file}")
 
 def _policy_restorer(policy:Policy, name:str|None)->Restorer:
     if hasattr(policy.net, "peft_config"): raise ValueError("a restorer carries no adapters: merge or drop them")
@@ -701,12 +708,9 @@ def stand_on(
     of,            # what `restorer_of` takes
 )->Policy:         # the same
     "Put a base on a restorer"
-    restorer, config = restorer_of(of), policy.net.config
+    restorer, config = restorer_of(of, scale=policy.codec.factor), policy.net.config
     if not getattr(config, "restored", False):
         raise ValueError(f"{policy.name or 'this network'} was not made for a restorer: its config must say restored")
-    if restorer.scale != policy.codec.factor:
-        raise ValueError(f"the restorer {restorer.name or restorer.said} enlarges {restorer.scale} times, and the base "
-                         f"{policy.codec.factor} times: both must have one scale")
     if config.features and restorer.features != config.features:
         raise ValueError(f"the base reads {config.features} features, and the restorer "
                          f"{restorer.name or restorer.said} gives {restorer.features}: take the restorer that it was "
