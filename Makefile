@@ -34,8 +34,8 @@ demo: $(READY) ## DP2O-SR end to end on the embedded photographs, on the CPU
 test: ## sync of notebooks, package and README; ruff; every notebook; pytest: minutes
 	@.ci/run fast
 
-test-all: ## make test, then the tests marked slow: real launches, papermill, whole pipelines
-	@.ci/run
+test-all: ## make test, then the tests marked slow (real launches, papermill, whole pipelines) and repeat
+	@.ci/run every
 
 multi: $(READY) ## two processes on the CPU against one: DDP and FSDP, banks and training
 	@.venv/bin/pytest -q --durations 15 tests/test_multi.py

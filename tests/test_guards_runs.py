@@ -263,11 +263,11 @@ NAMES = {"bank-after": "after", "held_out": "after", "started-before": "before",
 
 
 def marked(setting, path):
-    "A test's parameter: slow where the code that reads the field is that of another setting, which is fast"
+    "A test's parameter: a repetition where the code that reads the field is that of another setting"
     *_, top, name = "", *path.split(".")
     loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
     fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
-    return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.slow)
+    return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
 def bank_of(setting, run, what):
