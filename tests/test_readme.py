@@ -141,9 +141,14 @@ def test_train(command, tmp_path, places, tiny, forked):
     from srnb.config import fill
     from srnb.onestep import BaseRun
     from srnb.train import run_of, train
-    words = shlex.split(command.replace("path/to/folder", places["path/to/folder"]))[2:]
+    for name in ("path/to/folder", "path/to/checkpoint.pth"): command = command.replace(name, places[name])
+    words = shlex.split(command)[2:]
     run, out = run_of(words), str(tmp_path/"run")
-    if isinstance(run, BaseRun): # of a backbone
+    if isinstance(run, BaseRun) and run.restorer:
+        small = dict(photos=(), max_side=160, batch=2, precision="no", loop=replace(run.loop, steps=2, warmup=1))
+        out = train(replace(run, out=out, **small))
+        assert (out/"policy"/"policy.json").exists()
+    elif isinstance(run, BaseRun): # of a backbone
         loop = replace(run.loop, steps=2, warmup=1, parts=1)
         small = dict(photos=(), patch=64, max_side=160, batch=1, precision="no", loop=loop) # copies are held out here
         out = train(replace(run, init=places["sd2"], out=out, **small))
