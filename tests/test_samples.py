@@ -1,5 +1,8 @@
 "Several samples of a picture, and what is kept of them"
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +298,26 @@ def test_memory_of_samples_is_8_bit():
     upscale(photo(9, 13)[0], quick, samples=4, keep=look)
     assert seen == [[(torch.uint8, "cpu")]*4]
     assert to_floats(torch.tensor([255], dtype=torch.uint8)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of a process")
+def test_memory_is_what_is_said():
+    "Eight samples in a process of their own, whose highest memory so far must be that of the measured run"
+    code = """
+import torch; torch.set_num_threads(1)
+from test_samples import best, images, network, plan_tiles
+p, x = network(), torch.rand(3, 400, 400)
+def read(): return [int(o.split()[1])*1024 for o in open('/proc/self/status') if o.startswith(('VmHWM', 'VmRSS'))]
+images.upscale(x[:, :80, :80], p, tile=64, samples=2, steps=1, say=id)
+plan = plan_tiles(p, (400, 400), 128, answer=30+48, samples=8)
+highest, before = read()
+images.upscale(x, p, tile=128, samples=8, steps=1, say=id)
+after, _ = read()
+print(highest, before, after, plan.bytes)
+"""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]))
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    highest, before, after, said = map(int, run.stdout.split())
+    print(highest, before, after, said)
+    assert after > highest and .4 < (after-before)/said < 1.1
