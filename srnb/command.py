@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Usage', 'plain', 'tell', 'reason', 'find_inputs', 'find_outputs', 'read_seeds', 'upscale_parser',
-           'check_args', 'run_upscale', 'run_train', 'run_plan', 'bench_parser', 'split_sources', 'check_bench',
-           'run_bench', 'terminated_as_interrupted', 'run_command', 'main']
+           'check_args', 'check_upscale', 'run_upscale', 'run_train', 'run_plan', 'bench_parser', 'split_sources',
+           'check_bench', 'run_bench', 'terminated_as_interrupted', 'run_command', 'main']
 
 # %% ../nbs/62_command.ipynb #62-command-003
 import argparse
@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path, PurePath
 
 from . import __version__
@@ -139,7 +140,11 @@ def read_seeds(text:str)->list[int]: # of the command line
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
 
+_KEPT = "best", "mean", "all" # of several samples; room 61 has the first two
+
 def _add_sampling(p:argparse.ArgumentParser, fix:str)->None: # what every command takes that samples
+    p.add_argument("--strength", type=float, metavar="S",
+        help="of an adapter, 0 to 2: 0 is its base, 1 (if not given) as it was trained; those below it keep theirs")
     p.add_argument("--steps", type=int, metavar="N", help="of the sampler; what the model says if not given")
     p.add_argument("--sampler", choices=("ddim", "ab2", "ddpm"),
         help="what the model says if not given: ab2 for small, ddpm for Stable Diffusion, ddim (Euler's method) for "
@@ -179,6 +184,11 @@ def upscale_parser()->argparse.ArgumentParser:
         help="largest side of a tile in input pixels; by size and memory if not given")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
         help="of the noise (0); the same seed gives the same image, several give several files")
+    p.add_argument("--samples", type=int, default=1, metavar="N",
+        help="draw N samples, with seeds --seed, --seed + 1, ... (1)")
+    p.add_argument("--keep", metavar="WHICH",
+        help="of several samples: best (if not given), the one that agrees most with their mean; mean, which is "
+             "smoother; all, each in a file that names its seed; or path/to/file.py:NAME, a function (samples, lq)")
     _add_sampling(p, "as an adapter's run says, or auto: adain for a backbone, else none")
     there = p.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace outputs that exist")
@@ -195,11 +205,33 @@ def check_args(
     if args.tile is not None and args.tile < 64: raise Usage(f"--tile must be at least 64, got {args.tile}")
     if odd := [o for o in args.seed if not 0 <= o < 2**63]: raise Usage(f"--seed must lie in [0, 2**63), got {odd[0]}")
     if len(set(args.seed)) < len(args.seed): raise Usage("--seed names a seed twice")
+    if args.strength is not None and not 0 <= args.strength <= 2:
+        raise Usage(f"--strength must lie in [0, 2], got {args.strength:g}")
     if args.steps is not None and args.steps < 1: raise Usage(f"--steps must be at least 1, got {args.steps}")
     if args.color_strength is not None and not 0 <= args.color_strength <= 1:
         raise Usage(f"--color-strength must lie in [0, 1], got {args.color_strength}")
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise Usage(f"--guidance must be a number of at least 0, got {args.guidance}")
+
+def check_upscale(
+    args:argparse.Namespace, # from `upscale_parser`
+)->None:
+    "Usage for what `srnb upscale` never takes"
+    check_args(args)
+    if args.strength is not None and args.adapter is None:
+        raise Usage("--strength is that of an adapter: name one by --adapter")
+    if args.samples < 1: raise Usage(f"--samples must be at least 1, got {args.samples}")
+    if args.samples == 1:
+        if args.keep is not None: raise Usage("--keep chooses among samples: say how many by --samples")
+        return
+    if len(args.seed) > 1: raise Usage(f"--samples {args.samples} takes one --seed, that of the first sample")
+    if args.seed[0]+args.samples > 2**63: raise Usage("--seed and --samples: the last seed must lie below 2**63")
+    name, keep = (args.keep or "best").rpartition(":")[0], args.keep or "best"
+    if keep.endswith(".py"): raise Usage(f"--keep {keep}: say which function of the file, by {keep}:NAME")
+    if keep not in _KEPT and not name.endswith(".py"):
+        close = difflib.get_close_matches(keep.lower(), _KEPT, 1, .5)
+        raise Usage(f"--keep: there is no {keep!r}; {f'did you mean {close[0]!r}? ' if close else ''}there is "
+                    f"{', '.join(_KEPT)}, path/to/file.py:NAME")
 
 # %% ../nbs/62_command.ipynb #62-command-017
 @contextmanager
@@ -246,17 +278,30 @@ def _policy(args:argparse.Namespace): # the Policy that the command line names
     with _blaming(f"--model {model}"):
         policy = load_model(model, args.dtype, args.device, options, [args.prompt] if args.prompt else [])
     if args.adapter is not None:
-        with _blaming(f"--adapter {args.adapter}"): load_adapter(policy, args.adapter)
+        strength = 1. if args.strength is None else args.strength
+        with _blaming(f"--adapter {args.adapter}"): load_adapter(policy, args.adapter, strength=strength)
     if args.steps is not None:
         with _blaming("--steps"): policy.path.sigma_grid(args.steps)
     if args.sampler not in (None, "ddim") and isinstance(policy.path, Shift):
         raise Usage(f"--sampler {args.sampler}: {model} shifts residuals, which takes ddim")
     return policy
 
+def _file_seeds(args:argparse.Namespace)->list[int]: # of the files of a picture
+    return [args.seed[0]+k for k in range(args.samples)] if args.keep == "all" else args.seed
+
+def _keep(args:argparse.Namespace): # (samples, lq) -> picture; None: each sample has a file
+    from srnb.config import from_file, own_file
+    from srnb.images import best, mean
+    if args.samples == 1 or args.keep == "all": return None
+    if not own_file(args.keep): return mean if args.keep == "mean" else best
+    found = from_file(args.keep, "--keep")
+    if not callable(found): raise Usage(f"--keep {args.keep}: no function, but {found!r}")
+    return found
+
 def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[Path], list[str]]:
     "(source, target, seed, pixels) of what can be done, which targets exist, and what failed; only headers are read"
     found, failed = find_inputs(args.inputs, args.out)
-    todo, there, jobs = [], [], find_outputs(found, args.out, args.seed)
+    todo, there, jobs = [], [], find_outputs(found, args.out, _file_seeds(args))
     from srnb.core import take_away_parts # after what is wrong with the line has been said
     from srnb.images import is_result, open_image
     for folder in {target.parent for _, target, _ in jobs}: take_away_parts(folder)
@@ -281,7 +326,7 @@ def run_upscale(
 )->int:                 # exit code
     "Upscale images four times"
     args = upscale_parser().parse_args(argv)
-    check_args(args)
+    check_upscale(args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others
         todo, there, failed = _ready(args)
@@ -291,28 +336,37 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.images import upscale_file
+    from srnb.images import write_upscaled
     from srnb.paths import SAMPLERS
-    policy, failed = _policy(args), []
+    from srnb.tiles import check_draws
+    try: keep = _keep(args)
+    except (ValueError, OSError) as e: raise Usage(str(e)) from e # it names --keep
+    policy, failed, done = _policy(args), [], 0
     colour = _colour(args)
     sampler = SAMPLERS.get(args.sampler)
+    if args.samples > 1:
+        try: check_draws(policy, args.steps, sampler, args.prompt)
+        except ValueError as e: raise Usage(f"--samples {args.samples}: {e}") from e
     waiting = sum(n for *_, n in todo) # pixels
     seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up
-    for i, (source, target, seed, n) in enumerate(todo, 1):
-        start, waiting = time.monotonic(), waiting-n
+    for source, group in groupby(todo, lambda o: o[0]):
+        _, targets, seeds, (n, *_) = zip(*group, strict=True) # files of one picture
+        if keep is not None: seeds = range(seeds[0], seeds[0]+args.samples)
+        start, after, rest = time.monotonic(), done+len(targets), waiting-n*len(targets)
         def say(text, source=source): tell(f"{source}: {text}")
         try:
-            w, h = upscale_file(source, target, policy, seed, args.tile, colour, args.force, say, args.steps, sampler,
-                                args.prompt)
+            made = write_upscaled(source, targets, policy, seeds, keep, args.tile, colour, args.force, say, args.steps,
+                                  sampler, args.prompt)
+            for target, (w, h) in zip(targets, made, strict=True):
+                done, waiting, took, start = done+1, waiting-n, time.monotonic()-start, time.monotonic()
+                if warm: seconds, pixels = seconds+took, pixels+n
+                warm = True
+                left = f", about {seconds/pixels*waiting:.0f} s left" if pixels and waiting else ""
+                tell(f"{done}/{len(todo)} {source} -> {target} ({w}x{h}, {took:.1f} s{left})")
         except Exception as e:
             failed.append(f"{source}: {reason(e)}")
-            tell(f"{i}/{len(todo)} {source} failed")
-        else:
-            took = time.monotonic()-start
-            if warm: seconds, pixels = seconds+took, pixels+n
-            warm = True
-            left = f", about {seconds/pixels*waiting:.0f} s left" if pixels and waiting else ""
-            tell(f"{i}/{len(todo)} {source} -> {target} ({w}x{h}, {took:.1f} s{left})")
+            done, waiting = after, rest
+            tell(f"{done}/{len(todo)} {source} failed")
     return failed
 
 # %% ../nbs/62_command.ipynb #62-command-t02
@@ -394,8 +448,8 @@ def _names(text:str)->list[str]:
         raise argparse.ArgumentTypeError(f"name each once, and one at least, got {text!r}")
     return names
 
-_SAMPLES = ("steps", "sampler", "color_fix", "color_strength", "color_linear", "dtype", "control", "prompt", "guidance",
-            "tile_vae") # of policies alone
+_SAMPLES = ("strength", "steps", "sampler", "color_fix", "color_strength", "color_linear", "dtype", "control", "prompt",
+            "guidance", "tile_vae") # of policies alone
 
 def _given(args:argparse.Namespace, names:Sequence[str])->list[str]: # options that the line gives
     usual = bench_parser().parse_args([])
@@ -510,6 +564,8 @@ def run_bench(
     from srnb.rewards import Metric
     with _blaming("--also"): also = [coerced(o, Metric|Agreement, "metric") for o in args.also]
     sources, out = {n: _source(w, args, protocol) for n, w in words.items()}, sys.stdout
+    if args.strength is not None and not any("+" in w or _holds_adapter(w) for w in words.values()):
+        raise Usage("--strength is that of an adapter, and no source has one; leave it out")
     if not any(getattr(o, "draws", False) for o in sources.values()) and (odd := _given(args, (*_SAMPLES, "seed"))):
         raise Usage(f"no source is a policy, and {', '.join(odd)} changes nothing else; leave it out")
     if odd := _given(args, ("color_fix", "color_strength", "color_linear")):

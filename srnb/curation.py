@@ -189,8 +189,9 @@ def group_seeds(
 def fingerprint(
     policy:Policy, # with or without adapters
 )->str:            # 16 hexadecimal digits
-    "What a policy's samples depend on: its weights, path, codec, precision and guidance"
+    "What a policy's samples depend on: its weights, path, codec, precision, guidance, and strengths that are not 1"
     said = policy.path, policy.trained_on, policy.codec, str(policy.dtype), *policy.settings
+    if policy.strength: said = *said, sorted(policy.strength.items())
     return digest_of(policy.net, repr(said), policy.weights)
 
 # %% ../nbs/21_curation.ipynb #21-curation-032

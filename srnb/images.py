@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
-           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'load_model', 'upscale', 'ask_plugin',
-           'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file', 'policy_model']
+           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'Samples', 'mean', 'best', 'load_model',
+           'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image', 'write_upscaled',
+           'upscale_file', 'policy_model']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
@@ -27,10 +28,10 @@ from torch import Tensor
 
 from .colour import Colour
 from .config import coerced
-from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
+from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes, to_floats
 from .files import ENDS, FORMATS, PICTURES, kind_of
 from .policies import Policy, check_reads, from_pretrained, usual_dtype
-from .tiles import on_latents, plan_tiles, solve_blended, solve_tiles
+from .tiles import check_draws, draw_blended, draw_tiles, on_latents, plan_tiles
 
 # %% ../nbs/61_images.ipynb #60-upscale-057
 @dataclass(frozen=True)
@@ -227,6 +228,34 @@ def of_pillow(
         return out
     return Work(work.lq, work.alpha, back, mode, work.answer, tuple(notes))
 
+# %% ../nbs/61_images.ipynb #61-images-keep1
+@dataclass(frozen=True)
+class Samples:
+    "Samples of a picture, kept in 8 bit; one that is taken becomes float32"
+    stored:tuple[Tensor, ...] # (3,H,W) uint8 each
+    def __len__(self): return len(self.stored)
+    def __getitem__(self, i): # (3,H,W) in [0, 1]
+        return Samples(self.stored[i]) if isinstance(i, slice) else to_floats(self.stored[i])
+    def __getattr__(self, name):
+        raise AttributeError(f"samples are a sequence of pictures, which has no {name!r}; torch.stack(list(samples)) "
+                             "is one tensor of them, four times as large")
+
+def mean(
+    samples:Sequence[Tensor], # S pictures (3,H,W), [0, 1]
+    lq:Tensor,                # (3,h,w), [0, 1]; not looked at
+)->Tensor:                    # (3,H,W)
+    "The mean of each pixel"
+    return sum(samples)/len(samples)
+
+def best(
+    samples:Sequence[Tensor], # S pictures (3,H,W), [0, 1]
+    lq:Tensor,                # (3,h,w), [0, 1]; not looked at
+)->Tensor:                    # (3,H,W)
+    "The sample that agrees most with all of them: the nearest to their mean"
+    middle = mean(samples, lq)
+    far = [(o-middle).square().mean().item() for o in samples]
+    return samples[far.index(min(far))]
+
 # %% ../nbs/61_images.ipynb #60-upscale-062
 @contextmanager
 def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong is an error
@@ -273,27 +302,44 @@ def load_model(
     check_reads(policy)
     return policy
 
-def _run(work:Work, policy, seed:int, tile:int|None, colour:Colour, steps:int|None, overlap:int, say:Callable,
-         sampler:Callable|None=None, prompt:str="")->object: # the kind that `work` was made of
+def _kept(keep:Callable, samples:Samples, lq:Tensor)->Tensor: # (1,3,H,W) uint8
+    found, shape = keep(samples, lq), tuple(samples.stored[0].shape)
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"keep must give one picture of shape {shape}, got {got}")
+    return to_bytes(check_images(found[None].cpu(), "what keep gives"))
+
+def _run(work:Work, policy, seeds:Sequence[int], keep:Callable|None, tile:int|None, colour:Colour, steps:int|None,
+         overlap:int, say:Callable, sampler:Callable|None=None, prompt:str="")->Iterator: # of the kind of `work`
     for o in work.notes: say(f"note: {o}")
-    f, (h, w) = policy.codec.factor, work.lq.shape[-2:]
+    f, (h, w), n = policy.codec.factor, work.lq.shape[-2:], len(seeds)
     fix = colour.of(policy.codec)
-    answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None)
-    plan = plan_tiles(policy, (h, w), tile, overlap, answer)
+    answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None) + 48*bool(keep)
+    plan = plan_tiles(policy, (h, w), tile, overlap, answer, n)
     if plan.tiles > 1 or plan.bytes > 2e8: # what is small is done before it is read
         say(f"{w}x{h} -> {f*w}x{f*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
-            f"about {plan.bytes/1e9:.2f} GB of {plan.free/1e9:.2f} GB free")
+            f"{f'{n} samples, '*(n > 1)}about {plan.bytes/1e9:.2f} GB of {plan.free/1e9:.2f} GB free")
     lq = work.lq if work.alpha is None else fill_hidden(work.lq, work.alpha)
-    out, (solve, what) = [], (solve_blended, "windows in all steps") if on_latents(policy) else (solve_tiles, "tiles")
-    for o in lq: # one at a time, with the same noise: a batch gives what its images give
-        clock = Clock(what, say, at_once=plan.tiles > 1)
-        sr = solve(policy, o[None], seed, plan.tile, overlap, steps, clock, sampler, prompt)
-        if fix is not None:
-            y = policy.codec.upsample(o[None].cpu())
-            sr = to_bytes(fix(sr.float().div_(255), y).clamp(0, 1))
-        out.append(sr)
     alpha = None if work.alpha is None else to_bytes(bicubic(work.alpha, (f*h, f*w)))
-    return work.back(torch.cat(out) if len(out) > 1 else out[0], alpha)
+    draw, what = (draw_blended, "windows in all steps") if on_latents(policy) else (draw_tiles, "tiles")
+    def drawn(image): # samples (1,3,H,W) uint8, one after the other
+        clock = Clock(what, say, at_once=plan.tiles > 1)
+        for sr in draw(policy, image[None], seeds, plan.tile, overlap, steps, clock, sampler, prompt):
+            if fix is None: yield sr
+            else: yield to_bytes(fix(to_floats(sr), policy.codec.upsample(image[None].cpu())).clamp(0, 1))
+    def made(image): # what is given back
+        if keep is None: return drawn(image) if len(lq) == 1 else list(drawn(image))
+        return [_kept(keep, Samples(tuple(o[0] for o in drawn(image))), image)]
+    for parts in zip(*map(made, lq), strict=True): # one at a time, same noise: a batch gives what its images give
+        yield work.back(torch.cat(parts) if len(parts) > 1 else parts[0], alpha)
+
+def _seeds(seed:int, samples:int, keep:Callable|None)->range: # of the samples
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+    if keep is not None and not callable(keep):
+        raise TypeError(f"keep must be a function (samples, lq) -> picture, or None, got {keep!r}")
+    for o in (seed, seed+samples-1): generator(o) # refuses what is no seed
+    return range(seed, seed+samples)
 
 def upscale(
     image:Image.Image|np.ndarray|Tensor, # of a kind that `of_pillow`, `of_array` or `of_tensor` takes
@@ -307,9 +353,11 @@ def upscale(
     say:Callable[[str], None]=print, # told tiles, memory and time if there is more than one tile
     sampler:Callable|None=None,  # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     prompt:str="",               # for a backbone; one that is loaded must have been told it
-)->Image.Image|np.ndarray|Tensor: # the same kind, four times as high and wide, with 8-bit values
+    samples:int=1,               # with seeds seed, seed+1, ...
+    keep:Callable|None=best,     # (samples, lq) -> (3,H,W) in [0, 1]; None: all of them, as a list
+)->Image.Image|np.ndarray|Tensor|list: # the same kind, four times as high and wide, with 8-bit values
     "Upscale an image of any kind four times"
-    generator(seed) # refuses what is no seed
+    seeds = _seeds(seed, samples, keep)
     colour = coerced(colour, Colour, "colour")
     if overlap < 0 or tile is not None and tile < max(2*overlap, 1):
         raise ValueError(f"tile must be at least {2*overlap} pixels, twice the overlap, got {tile}")
@@ -319,7 +367,10 @@ def upscale(
         raise TypeError(f"image must be a Pillow image, a numpy array or a torch tensor, got {type(image).__name__}")
     work, policy = make(image), model
     if isinstance(model, str|Path): policy = load_model(model, dtype, prompts=[prompt] if prompt else ())
-    return _run(work, policy, seed, tile, colour, steps, overlap, say, sampler, prompt)
+    if samples > 1: check_draws(policy, steps, sampler, prompt)
+    choose = None if samples == 1 and keep is best else keep # of one there is nothing to choose
+    found = list(_run(work, policy, seeds, choose, tile, colour, steps, overlap, say, sampler, prompt))
+    return found if keep is None else found[0]
 
 # %% ../nbs/61_images.ipynb #60-upscale-066
 def ask_plugin(
@@ -409,11 +460,12 @@ def save_image(
     try: replace_file(path, write)
     except OSError as e: raise OSError(f"cannot write {path}: {e.strerror or e}") from e
 
-def upscale_file(
+def write_upscaled(
     source:str|Path,         # an image file
-    target:str|Path,         # ends in one of SAVES
+    targets:Sequence[str|Path], # where each sample goes, or what is kept of them; ends in one of SAVES
     policy,                  # anything with solve, codec.factor and stride
-    seed:int=0,
+    seeds:Sequence[int]=(0,),# of the samples
+    keep:Callable|None=None, # (samples, lq) -> (3,H,W) in [0, 1]; None: every sample has a target
     tile:int|None=None,
     colour:Colour=Colour(),  # noqa: B008  as `upscale` has it
     force:bool=False,        # replace what is there
@@ -421,18 +473,44 @@ def upscale_file(
     steps:int|None=None,     # None: what the policy says
     sampler:Callable|None=None, # as `upscale` has it
     prompt:str="",           # for a backbone
-)->tuple[int, int]:          # (W, H) of what was written
-    "Upscale a file into a file"
-    target = Path(target)
+)->Iterator[tuple[int, int]]: # (W, H) of each file, as soon as it is written
+    "Upscale a file into one file, or into one for each sample"
+    targets = [Path(o) for o in targets]
+    if len(targets) != (len(seeds) if keep is None else 1):
+        raise ValueError(f"{len(targets)} files for {len(seeds)} samples" + ", of which one is kept"*(keep is not None))
     with open_image(source) as im:
-        plan_tiles(policy, (im.height, im.width), tile) # before its pixels are read
+        plan_tiles(policy, (im.height, im.width), tile, samples=len(seeds)) # before its pixels are read
         try: work = of_pillow(im)
         except (Refused, MemoryError): raise
         except Exception as e: raise ValueError(f"damaged image ({e})") from e
     size = tuple(policy.codec.factor*n for n in reversed(work.lq.shape[-2:]))
-    check_holds(target, work.mode, size)
-    save_image(_run(work, policy, seed, tile, colour, steps, 32, say, sampler, prompt), target, force, say)
-    return size
+    for o in targets: check_holds(o, work.mode, size)
+    made = _run(work, policy, seeds, keep, tile, colour, steps, 32, say, sampler, prompt)
+    for target, image in zip(targets, made, strict=True):
+        save_image(image, target, force, say)
+        yield size
+
+def upscale_file(
+    source:str|Path,         # an image file
+    target:str|Path,         # ends in one of SAVES
+    policy,                  # anything with solve, codec.factor and stride
+    seed:int=0,              # of the first sample
+    tile:int|None=None,
+    colour:Colour=Colour(),  # noqa: B008  as `upscale` has it
+    force:bool=False,        # replace what is there
+    say:Callable[[str], None]=print,
+    steps:int|None=None,     # None: what the policy says
+    sampler:Callable|None=None, # as `upscale` has it
+    prompt:str="",           # for a backbone
+    samples:int=1,           # with seeds seed, seed+1, ...
+    keep:Callable=best,      # (samples, lq) -> (3,H,W) in [0, 1]
+)->tuple[int, int]:          # (W, H) of what was written
+    "Upscale a file into a file"
+    seeds = _seeds(seed, samples, keep)
+    if samples > 1: check_draws(policy, steps, sampler, prompt)
+    choose = None if samples == 1 and keep is best else keep
+    return list(write_upscaled(source, [target], policy, seeds, choose, tile, colour, force, say, steps, sampler,
+                               prompt))[0]
 
 # %% ../nbs/61_images.ipynb #61-images-new2
 def policy_model(
@@ -447,7 +525,8 @@ def policy_model(
     from srnb.curation import fingerprint
     from srnb.sources import Model
     policy = load_model(model, prompts=[prompt] if prompt else ()) if isinstance(model, str|Path) else model
-    said = dict(steps=steps, tile=tile, prompt=prompt, sampler=getattr(sampler, "__name__", None))
+    said = dict(steps=steps, tile=tile, prompt=prompt, sampler=getattr(sampler, "__name__", None),
+                strength=" ".join(f"{n} {s:g}" for n, s in policy.strength.items()))
     said = [f"{k} {v}" for k, v in (said | colour.note(policy.codec)).items() if v]
     def quiet(line): pass
     def answer(lq, seed):

@@ -100,6 +100,7 @@ class Policy:
         self.stored = ""   # how frozen weights are held, if it changes them more than bfloat16 does: float16, 4bit
         self._layers = [] # that carry adapters
         self.off = set()  # names of adapters that are on only inside `using`
+        self.strength = {} # name of an adapter -> how far from the base to what was trained, if that is not 1
 
     @property
     def device(self)->torch.device: return next(self.net.parameters()).device
@@ -528,10 +529,13 @@ def save_adapter(
     name:str="policy",    # which adapter
 )->Path:                  # folder that holds adapter_config.json and adapter_model.safetensors
     "Write one adapter in PEFT's format, with what tells its base, and the adapters that it was trained upon"
-    folder = Path(folder)
+    folder, below = Path(folder), _below(policy, name)
+    if weak := [n for n in (*below, name) if n in policy.strength]:
+        raise ValueError(f"adapter {weak[0]!r} has strength {policy.strength[weak[0]]:g} here, which a folder does not "
+                         "hold: copy the folder that it was read from, or load it with strength 1")
     if folder.exists() and any(folder.iterdir()) and not (folder/"adapter_config.json").exists():
         raise ValueError(f"{folder} is not empty and holds no adapter; give another folder")
-    _write_adapter(policy, folder, name, dict(fingerprint=base_print(policy), below=_below(policy, name)))
+    _write_adapter(policy, folder, name, dict(fingerprint=base_print(policy), below=below))
     return folder
 
 def _foreign(path:Path)->str|None: # which LoRA of another tool this is, and what to do with it; None: it is none
@@ -561,6 +565,7 @@ def base_of(
     return folder, json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
 
 def _same_adapter(policy:Policy, name:str, folder:Path)->bool: # as the one that this folder holds
+    if name in policy.strength: return False
     have = _peft().get_peft_model_state_dict(policy.net, adapter_name=name, save_embedding_layers=False)
     saved = load_file(folder/"adapter_model.safetensors")
     return saved.keys() == have.keys() and all(torch.equal(saved[n].to(have[n]), have[n]) for n in saved)
@@ -581,15 +586,35 @@ def _check_base(policy:Policy, folder:Path, name:str|None)->None: # and load wha
             raise ValueError(f"{folder} was trained upon another adapter {n!r} than the one that is there; load it "
                              "onto the bare base, and it brings its own")
 
+def _check_strength(folder:Path, strength:float, train:bool)->None: # of the adapter in this folder
+    if not (isinstance(strength, int|float) and 0 <= strength <= 2):
+        raise ValueError(f"strength must be a number in [0, 2], got {strength!r}: 0 is the base, 1 the adapter as it "
+                         "was trained")
+    if strength == 1: return
+    if train: raise ValueError(f"an adapter that is trained has strength 1, got {strength:g}")
+    said = json.loads((folder/"adapter_config.json").read_text())
+    if said.get("peft_type") != "LORA" or said.get("use_dora") or said.get("bias", "none") != "none":
+        raise ValueError(f"{folder}: its strength cannot be changed, because strength 0 would not be the base (plain "
+                         "LoRA without biases has one, DoRA and others have none): load it with strength 1")
+
+@torch.no_grad()
+def _weaken(layer:nn.Module, name:str, strength:float)->None: # or strengthen
+    if hasattr(layer, "lora_A"): layer.scaling[name] *= strength
+    else:
+        before = dict(layer.original_module.named_parameters())
+        for n, p in layer.modules_to_save[name].named_parameters(): p.copy_(before[n].float().lerp(p, strength))
+
 def load_adapter(
     policy:Policy,        # its network is changed in place
     folder:str|Path,      # written by save_adapter, or by PEFT; or that of a run
     name:str="policy",    # name to give it
     train:bool=False,     # whether it receives gradients
     on:bool=True,         # False: loaded, and on only inside `policy.using(name)`
+    strength:float=1.,    # 0: the base, 1: the adapter as it was trained; to 2. Those below it keep theirs
 )->Policy:
     "Read an adapter, and those that it was trained upon, onto its own base; the error says what does not fit"
     folder, base = base_of(folder)
+    _check_strength(folder, strength, train)
     file = folder/"adapter_model.safetensors"
     try: saved = load_file(file)
     except SafetensorError as e: raise ValueError(f"{file}: not a readable safetensors file ({e})") from e
@@ -609,7 +634,12 @@ def load_adapter(
     have = set(_peft().get_peft_model_state_dict(policy.net, adapter_name=name, save_embedding_layers=False))
     if odd := saved.keys() ^ have:
         raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
-    policy.off = policy.off-{name} if on else policy.off | {name}
+    policy.off = policy.off-{name} if on and strength else policy.off | {name}
+    policy.strength.pop(name, None)
+    if strength != 1:
+        policy.strength[name] = strength
+        for _, layer in layers_of(policy.net):
+            if parts_of(layer, name): _weaken(layer, name, strength)
     _activate(policy, name if train else None)
     return policy
 
@@ -621,7 +651,7 @@ def drop_adapters(
     if hasattr(policy.net, "peft_config"):
         for _, layer in layers_of(policy.net): layer._active_adapter = [] # of a copied part the original shall stay
         policy.net = policy.net.unload()
-    policy.off, policy._layers = set(), []
+    policy.off, policy.strength, policy._layers = set(), {}, []
     return policy
 
 # %% ../nbs/11_policies.ipynb #11-restorer-2

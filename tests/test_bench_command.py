@@ -475,6 +475,14 @@ def test_an_adapter_names_its_base(box, capsys, tiny):
     assert srnb(capsys, *call, "run=runFalse")[0] == 0
     t = read_run("out")[1].pivot_table(index=["image", "metric"], columns="variant", values="value")
     assert (t.run == t.tuned).all() and (t.base != t.tuned).all()
+    call = [o.replace("base=", "other=") for o in call[:1]] + ["run=runFalse", *call[2:]] # results of other names
+    assert srnb(capsys, *call, "--strength", "0")[0] == 0
+    t = read_run("out")[1].pivot_table(index=["image", "metric"], columns="variant", values="value")
+    assert (t.run == t.other).all()
+    code, _, said = srnb(capsys, f"base={tiny}", "--sets", "a", "--strength", "1")
+    assert code == 2 and "--strength is that of an adapter, and no source has one" in said[-1]
+    code, _, said = srnb(capsys, *call, "--strength", "2.5")
+    assert code == 2 and "--strength must lie in [0, 2], got 2.5" in said[-1]
 
 
 def test_speed(toy, box, capsys, monkeypatch):

@@ -128,7 +128,8 @@ def test_upscale(command, tmp_path, clean_env):
         Image.new("RGB", size, (90, 120, 60)).save(tmp_path/name)
     run(command, tmp_path, clean_env)
     made = {p.stem: Image.open(p).size for p in (tmp_path/"bigger").rglob("*.png")}
-    assert len(made) == 3 and made["photo"] == (80, 64) and set(made.values()) == {(80, 64), (96, 80)}
+    assert len(made) == (3 if "holiday/" in command else 1)
+    assert made["photo"] == (80, 64) and set(made.values()) <= {(80, 64), (96, 80)}
 
 
 LESS = dict(size=64, patch=32, m=4, n=1, steps=1, parts=1, sample_steps=2, eval_m=2, take=2, places=1, precision="no")

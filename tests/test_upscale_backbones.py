@@ -307,6 +307,10 @@ def test_adapter(folders, box, tiny, capsys):
         assert main([*base, "-o", "a0.png"]) == 0 and main([*base, "-o", "a1.png", "--adapter", "adapter"]) == 0
         want = upscale(pixels("a.png"), p, steps=2)
         assert torch.equal(pixels("a1.png"), want) and not torch.equal(pixels("a0.png"), want)
+        for strength, same in (("0", "a0.png"), ("1", "a1.png")): # the base and the adapter, to the bit
+            assert main([*base, "-o", "s.png", "--adapter", "adapter", "--strength", strength]) == 0
+            assert torch.equal(pixels("s.png"), pixels(same))
+        assert main([*base, "-o", "s.png", "--samples", "3", "--keep", "mean"]) == 0 # of a base, here without adapter
         alone = ["upscale", "a.png", "--dtype", "float32", "--steps", "2", "--force", "--adapter", "adapter", *more]
         assert main([*alone, "-o", "a2.png"]) == 0 and torch.equal(pixels("a2.png"), want) # it names its base
         alone = [o for o in alone if o not in more] # which is for a backbone
