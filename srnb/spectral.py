@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREQUENCIES', 'check_residual', 'l2_energy', 'dct2', 'idct2', 'sobolev_weights', 'SobolevEnergy', 'sample_coloured',
-           'energy_gap', 'radial_psd', 'log_spectral_distance']
+           'energy_gap', 'radial_psd', 'log_spectral_distance', 'line_excess', 'flat_std']
 
 # %% ../nbs/01_spectral.ipynb #01-spectral-004
 import functools
@@ -313,3 +313,50 @@ def log_spectral_distance(
         return torch.fft.fft2(x, norm="ortho").abs()/(_hann(x).square().mean().sqrt() if window else 1)
     ratio = (amplitude(a)+eps).log10()-(amplitude(b)+eps).log10()
     return (20*ratio).square().flatten(1).mean(1).sqrt()
+
+# %% ../nbs/01_spectral.ipynb #01-spectral-line1
+def _line_excess(power, line, near): # (B,H,W), (row, column), bins that neighbours reach on each axis -> (B,)
+    rows, columns = (torch.arange(k-r, k+r+1, device=power.device) % n
+                     for k, r, n in zip(line, near, power.shape[1:], strict=True))
+    around = torch.ones(len(rows), len(columns), dtype=torch.bool, device=power.device)
+    around[near[0]-1:near[0]+2, near[1]-1:near[1]+2] = False # what the window spreads of the line itself
+    return power[:, line[0], line[1]]/power[:, rows][:, :, columns][:, around].median(1).values
+
+def line_excess(
+    images:Tensor,                 # (B,H,W) or (B,1,H,W), one plane an image; sides are multiples of every period
+    periods:tuple[int, ...]=(8, 3),# pixels; lines stand at the multiples of 1/period, on both axes
+    near:float=.05,                # cycles/pixel that the neighbours of a line reach, on both axes
+)->Tensor:                         # (B,) mean over the lines; 1.44 for white noise, larger for a larger image of a mesh
+    "Power at the frequencies of a lattice over the median power around them"
+    x = _planes(images, "images")
+    if not periods or any(not isinstance(p, int) or p < 2 for p in periods):
+        raise ValueError(f"periods must be whole numbers of pixels, at least 2, got {periods}")
+    size, whole = x.shape[-2:], math.lcm(*periods)
+    reach = tuple(round(near*n) for n in size)
+    if any(n % whole for n in size) or near*min(size) < 4:
+        least = math.ceil(4/near/whole)*whole
+        raise ValueError(f"sides must be multiples of {whole}, so that lines fall on bins, and at least {least}, so "
+                         f"that they have neighbours; got {size[0]}x{size[1]}: cut the middle")
+    flat = x.amax((-2, -1)) == x.amin((-2, -1))
+    if flat.any(): raise ValueError(f"image {int(flat.nonzero()[0])} is constant and has no spectrum; leave it out")
+    power = torch.fft.fft2(_hann(x)*(x-x.mean((-2, -1), keepdim=True))).abs().square()
+    rows, columns = ({k*n//p for p in periods for k in range(p)} for n in size)
+    lines = {min((a, b), (-a % size[0], -b % size[1])) for a in rows for b in columns}-{(0, 0)} # f and -f are one
+    return torch.stack([_line_excess(power, o, reach) for o in sorted(lines)], 1).mean(1)
+
+# %% ../nbs/01_spectral.ipynb #01-spectral-line9
+def flat_std(
+    images:Tensor,      # (B,H,W) or (B,1,H,W), the planes that are judged
+    truth:Tensor,       # (B,H,W) or (B,1,H,W), which says where it is flat
+    most:float=2/255,   # standard deviation of the truth in a flat block, at most; unit of the planes
+    block:int=8,        # pixels, side of a block; what is left over at the edges is cut off
+)->Tensor:              # (B,) unit of the planes; NaN where the truth has no flat block
+    "Standard deviation inside the blocks in which the truth is flat, their variances averaged"
+    x, y = _planes(images, "images"), _planes(truth, "truth")
+    if x.shape != y.shape: raise ValueError(f"images {tuple(x.shape)} and truth {tuple(y.shape)} differ in shape")
+    if block < 2 or min(x.shape[-2:]) < block:
+        raise ValueError(f"block must lie in [2, {min(x.shape[-2:])}] pixels for images of "
+                         f"{x.shape[-2]}x{x.shape[-1]}, got {block}")
+    def variances(o): return o.unfold(1, block, block).unfold(2, block, block).flatten(3).var(-1).flatten(1)
+    flat = variances(y) <= most**2
+    return ((variances(x)*flat).sum(1)/flat.sum(1)).sqrt() # 0/0 where there is none

@@ -55,7 +55,8 @@ WRONG = [("train_dp2o", dict(iterations=3), "'iterations'.*'steps'"), ("train_as
          ("train_ctmsr", dict(gap="dmd"), "gap.*'dmd'.*'dtm'"), ("train_study", dict(rowz="flow"), "'rowz'.*rows"),
          ("train_study", dict(rows="flaw"), "flaw"), ("table_dp2o", dict(recod_dir="x"), "'recod_dir'.*'record_dir'"),
          ("bench_spectral", dict(reps="many"), "reps must be a whole number"),
-         ("compare_upscalers", dict(photographs="x"), "'photographs' is called 'photos' now")]
+         ("compare_upscalers", dict(photographs="x"), "'photographs' is called 'photos' now"),
+         ("compare_pictures", dict(mean_on="seesr"), "mean_on: 'seesr' is none of")]
 
 
 @pytest.mark.parametrize("name, parameters, named", WRONG, ids=[f"{n}-{list(o)[-1]}" for n, o, _ in WRONG])
