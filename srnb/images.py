@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
-           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'load_model', 'upscale', 'ask_plugin',
-           'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file', 'policy_model']
+           'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'load_model', 'result_scale', 'upscale',
+           'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image', 'upscale_file', 'policy_model']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .colour import Colour
 from .config import coerced
-from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes
+from .core import Clock, bicubic, check_images, check_scale, generator, replace_file, to_bytes
 from .files import ENDS, FORMATS, PICTURES, kind_of
 from .policies import Policy, check_reads, from_pretrained, usual_dtype
 from .tiles import on_latents, plan_tiles, solve_blended, solve_tiles
@@ -273,15 +273,29 @@ def load_model(
     check_reads(policy)
     return policy
 
+def result_scale(
+    policy,                   # anything with codec.factor
+    scale:int|None=None,      # 1 to 8; None: the policy's
+    say:Callable|None=None,   # told if results are reduced
+)->int:                       # 1 to 8
+    "How many times as long the sides of results are; ValueError if the network enlarges less than is asked for"
+    f = policy.codec.factor
+    if scale is None: return f
+    if check_scale(scale) > f:
+        raise ValueError(f"the network enlarges {f} times, less than the scale {scale} that is asked for; take a "
+                         "network of that scale, or leave scale out")
+    if scale < f and say is not None: say(f"the network enlarges {f} times; the result is reduced to {scale} times")
+    return scale
+
 def _run(work:Work, policy, seed:int, tile:int|None, colour:Colour, steps:int|None, overlap:int, say:Callable,
-         sampler:Callable|None=None, prompt:str="")->object: # the kind that `work` was made of
+         sampler:Callable|None=None, prompt:str="", scale:int|None=None)->object: # the kind that `work` was made of
     for o in work.notes: say(f"note: {o}")
-    f, (h, w) = policy.codec.factor, work.lq.shape[-2:]
+    f, s, (h, w) = policy.codec.factor, result_scale(policy, scale), work.lq.shape[-2:]
     fix = colour.of(policy.codec)
-    answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None)
+    answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None) + 24*(s < f)
     plan = plan_tiles(policy, (h, w), tile, overlap, answer)
     if plan.tiles > 1 or plan.bytes > 2e8: # what is small is done before it is read
-        say(f"{w}x{h} -> {f*w}x{f*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
+        say(f"{w}x{h} -> {s*w}x{s*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
             f"about {plan.bytes/1e9:.2f} GB of {plan.free/1e9:.2f} GB free")
     lq = work.lq if work.alpha is None else fill_hidden(work.lq, work.alpha)
     out, (solve, what) = [], (solve_blended, "windows in all steps") if on_latents(policy) else (solve_tiles, "tiles")
@@ -291,8 +305,9 @@ def _run(work:Work, policy, seed:int, tile:int|None, colour:Colour, steps:int|No
         if fix is not None:
             y = policy.codec.upsample(o[None].cpu())
             sr = to_bytes(fix(sr.float().div_(255), y).clamp(0, 1))
+        if s < f: sr = to_bytes(bicubic(sr.float().div_(255), (s*h, s*w)))
         out.append(sr)
-    alpha = None if work.alpha is None else to_bytes(bicubic(work.alpha, (f*h, f*w)))
+    alpha = None if work.alpha is None else to_bytes(bicubic(work.alpha, (s*h, s*w)))
     return work.back(torch.cat(out) if len(out) > 1 else out[0], alpha)
 
 def upscale(
@@ -307,8 +322,9 @@ def upscale(
     say:Callable[[str], None]=print, # told tiles, memory and time if there is more than one tile
     sampler:Callable|None=None,  # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     prompt:str="",               # for a backbone; one that is loaded must have been told it
-)->Image.Image|np.ndarray|Tensor: # the same kind, four times as high and wide, with 8-bit values
-    "Upscale an image of any kind four times"
+    scale:int|None=None,         # of the result, 1 to the policy's, to which it is reduced; None: the policy's
+)->Image.Image|np.ndarray|Tensor: # the same kind, `scale` times as high and wide, with 8-bit values
+    "Upscale an image of any kind, as far as the policy does"
     generator(seed) # refuses what is no seed
     colour = coerced(colour, Colour, "colour")
     if overlap < 0 or tile is not None and tile < max(2*overlap, 1):
@@ -319,7 +335,8 @@ def upscale(
         raise TypeError(f"image must be a Pillow image, a numpy array or a torch tensor, got {type(image).__name__}")
     work, policy = make(image), model
     if isinstance(model, str|Path): policy = load_model(model, dtype, prompts=[prompt] if prompt else ())
-    return _run(work, policy, seed, tile, colour, steps, overlap, say, sampler, prompt)
+    scale = result_scale(policy, scale, say)
+    return _run(work, policy, seed, tile, colour, steps, overlap, say, sampler, prompt, scale)
 
 # %% ../nbs/61_images.ipynb #60-upscale-066
 def ask_plugin(
@@ -364,12 +381,14 @@ def open_image(
 def is_result(
     path:Path,          # a file that is there
     size:Sequence[int], # (w, h) of its source
+    scale:int,          # how many times as long its sides are
 )->bool:
-    "Whether a file is a whole image, four times as large as its source"
+    "Whether a file is a whole image of this scale"
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None # a result may be larger than what is read as a source
     try:
         with Image.open(path, formats=[kind_of(path)]) as im:
-            if sorted(im.size) != sorted(4*n for n in size): return False # a result is upright, its source may not be
+            want = sorted(scale*n for n in size)
+            if sorted(im.size) != want: return False # a result is upright, its source may not be
             if im.format == "PNG": im.verify() # checksums, without decoding
             else: im.load()
             return True
@@ -421,6 +440,7 @@ def upscale_file(
     steps:int|None=None,     # None: what the policy says
     sampler:Callable|None=None, # as `upscale` has it
     prompt:str="",           # for a backbone
+    scale:int|None=None,     # as `upscale` has it; nothing is said of it
 )->tuple[int, int]:          # (W, H) of what was written
     "Upscale a file into a file"
     target = Path(target)
@@ -429,9 +449,10 @@ def upscale_file(
         try: work = of_pillow(im)
         except (Refused, MemoryError): raise
         except Exception as e: raise ValueError(f"damaged image ({e})") from e
-    size = tuple(policy.codec.factor*n for n in reversed(work.lq.shape[-2:]))
+    size = tuple(result_scale(policy, scale)*n for n in reversed(work.lq.shape[-2:]))
     check_holds(target, work.mode, size)
-    save_image(_run(work, policy, seed, tile, colour, steps, 32, say, sampler, prompt), target, force, say)
+    save_image(_run(work, policy, seed, tile, colour, steps, 32, say, sampler, prompt, scale), target,
+               force, say)
     return size
 
 # %% ../nbs/61_images.ipynb #61-images-new2
