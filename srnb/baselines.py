@@ -166,7 +166,7 @@ def baseline_at(
 )->Callable[[Tensor], Tensor]: # (B,3,h,w) -> (B,3,scale*h,scale*w)
     "A baseline of this scale; ValueError if it has another"
     model = bicubic_at(scale) if BASELINES[name] is bicubic_x4 else BASELINES[name]
-    if model.scale != scale:
-        raise ValueError(f"{name} enlarges {model.scale} times, not {scale}: leave it out, or name bicubic, which "
+    if (found := getattr(model, "scale", scale)) != scale: # a function of the reader's own need not say it
+        raise ValueError(f"{name} enlarges {found} times, not {scale}: leave it out, or name bicubic, which "
                          "takes every scale")
     return model
