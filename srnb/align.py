@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .adversary import adversary_loser, riesz_loser
 from .backbones import Backbone
-from .baselines import BASELINES
+from .baselines import BASELINES, baseline_at
 from .config import Checked, leaves, name_of, own_files, record
-from .core import bicubic, open_run, run_done, seed_of, to_bytes, write_table
+from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, write_table
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
                            make_outputs, read_bytes, score_bank, top_bottom)
 from .data import find_photos
@@ -136,7 +136,8 @@ class Work:
             return self.run.base.colour.images(sr[0], lq[0], self.policy.codec)
         folder = self.home/("held_out_outputs" if groups is self.probes else "outputs")
         note = dict(self.note, steps=self.steps, sampler=self.sampler.__name__, base=self.base)
-        make_outputs(folder, {n: BASELINES.get(n, own) for n in names}, note=note, **self.inputs(groups))
+        models = {n: baseline_at(n, self.policy.codec.factor) if n in BASELINES else own for n in names}
+        make_outputs(folder, models, note=note, **self.inputs(groups))
         return WhenAsked([read_bytes(folder, o.id) for o in groups.held], Group.images)
 
     def batches(self,
@@ -494,19 +495,18 @@ def claim(run:Run, state)->Work|None: # None: it is done
         if isinstance(policy.path, Shift) and (isinstance(method.losers, Made) or method.start):
             raise ValueError("a one-step network has no noisy photographs: choose losers other than "
                              f"{type(method.losers).__name__}, and no start")
-        if run.patch % policy.stride:
-            raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {run.patch}")
+        check_multiple(run.patch, policy.stride, "patch", "the network's stride ")
+        outputs = [baseline_at(n, policy.codec.factor) for n in getattr(method.losers, "outputs", ()) if n in BASELINES]
         given, digest = given_pairs(run, policy)
         of = data, policy.stride, run.base.backbone, policy
         sets = photo_sets(*of)
         blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
-        work = Work(run, policy, *inputs_of(*of, sets), given, blind)
+        work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
         said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **(blind.said if blind else {}))
         if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
-        for n in {*getattr(method.losers, "outputs", ())}-{"base"}: # a missing package, too
-            BASELINES[n](work.crops[0].lq[None, :, :16, :16])
+        for model in outputs: model(work.crops[0].lq[None, :, :16, :16]) # a missing package is found out, too
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
         open_run(out, said, FREE) # the inputs are good: the folder is claimed

@@ -168,7 +168,8 @@ def _add_backbone(p:argparse.ArgumentParser)->None:
 
 def upscale_parser()->argparse.ArgumentParser:
     "What `srnb upscale` takes"
-    p = argparse.ArgumentParser("srnb upscale", description="Upscale images four times", allow_abbrev=False,
+    p = argparse.ArgumentParser("srnb upscale", allow_abbrev=False,
+        description="Upscale images as many times as the model does; what ships, 4 times",
         epilog="A result keeps the ICC profile and the dots per inch of its source, and no other metadata. Exit codes: "
                "0 all done, 1 some not done, 2 wrong usage, 130 interrupted.")
     p.add_argument("inputs", nargs="+", metavar="IN",
@@ -180,6 +181,8 @@ def upscale_parser()->argparse.ArgumentParser:
              "diffusers' layout, or owner/name on the Hub")
     p.add_argument("--adapter", metavar="FOLDER",
         help="of an adapter, or of the run that trained one; without --model it is put on the base that it names")
+    p.add_argument("--scale", type=int, metavar="N",
+        help="how many times as long sides become: as the model says if not given; below that, results are reduced")
     p.add_argument("--tile", type=int, metavar="N",
         help="largest side of a tile in input pixels; by size and memory if not given")
     p.add_argument("--seed", type=read_seeds, default=[0], metavar="N[,N...]",
@@ -202,6 +205,9 @@ def check_args(
     "Usage for values that no model takes"
     if args.out is not None and (not args.out or "\0" in args.out):
         raise Usage("the name of the output is empty, or holds a null character")
+    if args.scale is not None:
+        from srnb.core import check_scale # help needs no torch
+        with _blaming("--scale"): check_scale(args.scale)
     if args.tile is not None and args.tile < 64: raise Usage(f"--tile must be at least 64, got {args.tile}")
     if odd := [o for o in args.seed if not 0 <= o < 2**63]: raise Usage(f"--seed must lie in [0, 2**63), got {odd[0]}")
     if len(set(args.seed)) < len(args.seed): raise Usage("--seed names a seed twice")
@@ -298,6 +304,13 @@ def _keep(args:argparse.Namespace): # (samples, lq) -> picture; None: each sampl
     if not callable(found): raise Usage(f"--keep {args.keep}: no function, but {found!r}")
     return found
 
+def _scale(args:argparse.Namespace)->int: # of results: what the line says, or the model's; nothing is loaded
+    if args.scale is not None: return args.scale
+    from srnb.backbones import LatentCodec, is_backbone
+    from srnb.policies import named_scale
+    model, _ = _base(args)
+    with _blaming(f"--model {model}"): return LatentCodec.factor if is_backbone(model) else named_scale(model)
+
 def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], list[Path], list[str]]:
     "(source, target, seed, pixels) of what can be done, which targets exist, and what failed; only headers are read"
     found, failed = find_inputs(args.inputs, args.out)
@@ -305,6 +318,7 @@ def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], li
     from srnb.core import take_away_parts # after what is wrong with the line has been said
     from srnb.images import is_result, open_image
     for folder in {target.parent for _, target, _ in jobs}: take_away_parts(folder)
+    scale = _scale(args) if not args.force and any(os.path.lexists(o) for _, o, _ in jobs) else None
     for source, target, seed in jobs:
         try:
             if os.path.isdir(source): raise ValueError("this folder may not be listed")
@@ -313,7 +327,7 @@ def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], li
             if args.force or not os.path.lexists(target):
                 todo.append((source, target, seed, max(w*h, 64**2))) # smaller ones take no less time
                 continue
-            if not is_result(target, (w, h)):
+            if not is_result(target, (w, h), scale):
                 raise ValueError(f"{target} exists and is not the whole result; --force replaces it")
             if len(jobs) == 1 and not args.skip:
                 raise ValueError(f"{target} exists already; --skip leaves it, --force replaces it")
@@ -324,7 +338,7 @@ def _ready(args:argparse.Namespace)->tuple[list[tuple[Path, Path, int, int]], li
 def run_upscale(
     argv:Sequence[str], # what follows `srnb upscale`
 )->int:                 # exit code
-    "Upscale images four times"
+    "Upscale images"
     args = upscale_parser().parse_args(argv)
     check_upscale(args)
     with warnings.catch_warnings():
@@ -336,13 +350,14 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.images import write_upscaled
+    from srnb.images import result_scale, write_upscaled
     from srnb.paths import SAMPLERS
     from srnb.tiles import check_draws
     try: keep = _keep(args)
     except (ValueError, OSError) as e: raise Usage(str(e)) from e # it names --keep
     policy, failed, done = _policy(args), [], 0
     colour = _colour(args)
+    with _blaming("--scale"): result_scale(policy, args.scale, tell)
     sampler = SAMPLERS.get(args.sampler)
     if args.samples > 1:
         try: check_draws(policy, args.steps, sampler, args.prompt)
@@ -356,7 +371,7 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
         def say(text, source=source): tell(f"{source}: {text}")
         try:
             made = write_upscaled(source, targets, policy, seeds, keep, args.tile, colour, args.force, say, args.steps,
-                                  sampler, args.prompt)
+                                  sampler, args.prompt, args.scale)
             for target, (w, h) in zip(targets, made, strict=True):
                 done, waiting, took, start = done+1, waiting-n, time.monotonic()-start, time.monotonic()
                 if warm: seconds, pixels = seconds+took, pixels+n
@@ -501,7 +516,7 @@ def check_bench(
     if not sources and (odd := _given(args, rest)):
         why = "--check takes --data and --measures alone; " if args.check else "there are no sources; "
         raise Usage(f"{why}leave out {', '.join(odd)}")
-    args.tile = None
+    args.tile = args.scale = None
     check_args(args)
     return sources
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_close', 'expect_fail', 'like_batch', 'generator', 'seed_of', 'randn_each', 'check_images', 'quantize',
-           'to_bytes', 'to_floats', 'bicubic', 'decode_image', 'read_image', 'to_pil', 'part_start', 'take_away_parts',
-           'replace_file', 'write_image', 'Clock', 'progress', 'RunOccupied', 'DoesNotFit', 'write_json', 'write_table',
-           'versions', 'gpus', 'git_revision', 'project_root', 'open_run', 'run_done', 'read_run', 'read_blind',
-           'in_words']
+           'to_bytes', 'to_floats', 'bicubic', 'check_scale', 'check_multiple', 'decode_image', 'read_image', 'to_pil',
+           'part_start', 'take_away_parts', 'replace_file', 'write_image', 'Clock', 'progress', 'RunOccupied',
+           'DoesNotFit', 'write_json', 'write_table', 'versions', 'gpus', 'git_revision', 'project_root', 'open_run',
+           'run_done', 'read_run', 'read_blind', 'in_words']
 
 # %% ../nbs/00_core.ipynb #00-core-004
 import hashlib
@@ -141,6 +141,28 @@ def bicubic(
 )->Tensor:                  # (B,3,H',W'), 8-bit values
     "The bicubic resize of this library: torch's antialiased kernel, clamped, rounded to 8 bit"
     return quantize(F.interpolate(images, size=tuple(size), mode="bicubic", antialias=True, align_corners=False))
+
+# %% ../nbs/00_core.ipynb #00-core-scale1
+def check_scale(
+    scale,            # how many times as long the sides of a result are
+    name:str="scale", # how the caller calls it
+)->int:               # the same number
+    "Raise unless a scale is a whole number from 1 to 8"
+    if isinstance(scale, bool) or not isinstance(scale, int) or not 1 <= scale <= 8:
+        raise ValueError(f"{name} must be a whole number from 1 to 8, got {scale!r}")
+    return scale
+
+def check_multiple(
+    n:int,        # pixels
+    multiple:int, # pixels
+    name:str,     # how the caller calls `n`
+    of:str="",    # what the multiple is, with a space behind it
+)->None:
+    "Raise unless one number is a multiple of another; the error says which are near"
+    if n > 0 and n % multiple == 0: return
+    low = max(n, 0)//multiple*multiple
+    near = f"{low} and {low+multiple} are near" if low else f"{multiple} is near"
+    raise ValueError(f"{name} must be a multiple of {of}{multiple}, got {n}; {near}")
 
 # %% ../nbs/00_core.ipynb #00-core-029
 def _bits(im:Image.Image, data:bytes)->int: # bits per channel that the file holds

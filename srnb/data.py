@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Photo', 'look_of', 'open_photo', 'find_images', 'find_photos', 'embedded_photos', 'look_distance', 'check_disjoint',
-           'share_of', 'split_photos', 'crop', 'centre_crop', 'trim', 'make_pair', 'shrink', 'PatchPool', 'same_stem',
-           'paired_folder']
+           'share_of', 'split_photos', 'crop', 'centre_crop', 'trim', 'scale_between', 'make_pair', 'shrink',
+           'PatchPool', 'same_stem', 'paired_folder']
 
 # %% ../nbs/04_data.ipynb #04-data-004
 import hashlib
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .core import bicubic, generator, progress, read_image, seed_of, to_bytes
+from .core import bicubic, check_multiple, check_scale, generator, progress, read_image, seed_of, to_bytes
 from .degrade import Degradation, degradation_name, degrade
 from .files import PICTURES, files_below
 
@@ -203,24 +203,34 @@ def trim(
     return centre_crop(image, (h, w))
 
 # %% ../nbs/04_data.ipynb #04-data-040
+def scale_between(
+    lq:Sequence[int], # (h, w)
+    gt:Sequence[int], # (H, W)
+)->int:               # 1 to 8; 0: there is none
+    "The scale of a pair, as its sizes say"
+    scale = gt[0]//lq[0]
+    return scale if 1 <= scale <= 8 and list(gt) == [scale*o for o in lq] else 0
+
 def _partner(photo:Photo, image:Tensor, scale:int)->Tensor: # the low-resolution image of a ready pair
     lq = read_image(photo.lq)
-    if [scale*o for o in lq.shape[1:]] != list(image.shape[1:]):
-        size, have = "×".join(map(str, lq.shape[1:])), "×".join(map(str, image.shape[1:]))
-        raise ValueError(f"{photo.path} has {have} pixels, not {scale} times the {size} of {photo.lq}")
-    return lq
+    if found := scale_between(lq.shape[1:], image.shape[1:]):
+        if found == check_scale(scale): return lq
+    size, have = "×".join(map(str, lq.shape[1:])), "×".join(map(str, image.shape[1:]))
+    kind = f": this is a pair of scale {found}, and scale {scale} is needed; give other pairs, or a network of " \
+           f"scale {found}" if found else ""
+    raise ValueError(f"{photo.path} has {have} pixels, not {scale} times the {size} of {photo.lq}{kind}")
 
 def make_pair(
     photo:Photo,
     size:int|Sequence[int],   # (H, W) of gt in pixels, multiples of `scale`; one number for both
     degradation:Degradation|Callable, # settings, or a function (gt, generator, scale) -> lq; unused for a ready pair
-    scale:int=4,              # H over h
+    scale:int=4,              # H over h, 1 to 8; that of a policy is its `codec.factor`
     draw:int=0,               # another number gives another degradation of the same photograph
     place:int=0,              # 0: the middle; 1 to 4: a corner
 )->tuple[Tensor, Tensor]:     # lq (3,h,w), gt (3,H,W), [0, 1], 8-bit values
     "The middle, or a corner, of a photograph and its degraded version: a function of the arguments alone"
     h, w = (size, size) if isinstance(size, int) else size
-    if h % scale or w % scale: raise ValueError(f"size must be a multiple of scale={scale}, got {h}×{w}")
+    for side in (h, w): check_multiple(side, check_scale(scale), "size", "scale=")
     if place not in range(5): raise ValueError(f"place must be 0 (middle) or 1 to 4 (corners), got {place}")
     image = photo.read()
     if h > image.shape[1] or w > image.shape[2]:
@@ -256,11 +266,12 @@ class PatchPool:
         degradation:Degradation|Callable,   # settings, or a function (gt, generator, scale) -> lq
         versions:int=8,                     # degraded copies of each photograph; 0: every patch is degraded anew
         max_side:int|None=None,             # pixels; larger photographs are downscaled, ready pairs stay as they are
-        scale:int=4,                        # side of gt over side of lq
+        scale:int=4,                        # side of gt over side of lq, 1 to 8
         held_out:Sequence[Photo]|None=None, # what must stay out; None: the embedded held-out photographs
     ):
         if not photos: raise ValueError("a pool needs at least one photograph, got none")
         if versions < 0: raise ValueError(f"versions must be at least 0, got {versions}")
+        check_scale(scale)
         for p in photos:
             if p.split == "held_out":
                 raise ValueError(f"photograph {p.id!r} is held out and must not enter training; "
@@ -340,7 +351,7 @@ def _by_name(paths:list[Path], key:Callable[[str], str])->dict[str, Path]:
 def paired_folder(
     lq_dir:str|Path,                       # low-quality images
     gt_dir:str|Path,                       # their originals
-    scale:int=4,                           # H over h
+    scale:int|None=None,                   # H over h; None: what most pairs say
     lq_name:Callable[[str], str]=same_stem,# name of an lq file, without its ending, to the name of its gt
 )->list[tuple[Path, Path]]:                # (lq, gt), sorted
     "Pairs of files of two folders; ValueError names a file without partner or of the wrong size"
@@ -348,9 +359,15 @@ def paired_folder(
     for a, b, other in ((lq, gt, gt_dir), (gt, lq, lq_dir)):
         if {*a} > {*a} & {*b}:
             raise ValueError(f"{a[min({*a}-{*b})]} has no partner in {other}; add it, drop this file, or give lq_name")
-    for k in progress(sorted(lq), "pairs checked"):
-        h, H = [tuple(read_image(o[k]).shape[1:]) for o in (lq, gt)]
-        if H != tuple(scale*o for o in h):
-            raise ValueError(f"{gt[k]} has {H[0]}×{H[1]} pixels, but {lq[k]} has {h[0]}×{h[1]}: "
-                             f"need exactly {scale} times as many; fix the pair or give another scale")
+    def sizes_of(k): return [tuple(read_image(o[k]).shape[1:]) for o in (lq, gt)]
+    sizes = {k: sizes_of(k) for k in progress(sorted(lq), "pairs checked")}
+    scales = {k: scale_between(*o) for k, o in sizes.items()}
+    usual = check_scale(scale) if scale is not None else Counter(scales.values()).most_common(1)[0][0]
+    for k, (h, H) in sizes.items():
+        if scales[k] and scales[k] == usual: continue
+        rule = f"need exactly {scale} times as many; fix the pair or give another scale"
+        if scale is None: rule = "need a whole number from 1 to 8 times as many; fix the pair"
+        if scale is None and scales[k]:
+            rule = f"scale {scales[k]}, where the others have scale {usual}; pairs of a folder have one scale"
+        raise ValueError(f"{gt[k]} has {H[0]}×{H[1]} pixels, but {lq[k]} has {h[0]}×{h[1]}: {rule}")
     return [(lq[k], gt[k]) for k in sorted(lq)]

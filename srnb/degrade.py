@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from .core import check_images, quantize, to_pil
+from .core import check_images, check_scale, quantize, to_pil
 
 # %% ../nbs/03_degrade.ipynb #03-degrade-007
 def uniform(low:float, high:float, generator:Generator)->float:
@@ -344,8 +344,7 @@ def _check_input(gt, degradation, generator, scale):
     degradation_name(degradation)
     if not isinstance(generator, Generator) or generator.device.type != "cpu":
         raise TypeError(f"generator must be a torch.Generator on the CPU, got {generator!r}; see srnb.core.generator")
-    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"scale must be a positive whole number, got {scale!r}")
+    check_scale(scale)
     if not isinstance(gt, Tensor):
         raise TypeError(f"gt must be a torch tensor, got {type(gt).__name__}; read files with srnb.core.read_image")
     if gt.ndim != 3 or gt.shape[0] != 3:
@@ -367,7 +366,7 @@ def degrade(
     gt:Tensor,               # (3,H,W), [0, 1], sides at least 32 and multiples of `scale`
     degradation:Degradation|Callable, # settings, such as `RESSHIFT_TEST`, or a function (gt, generator, scale) -> lq
     generator:Generator,     # on the CPU; everything random comes from it
-    scale:int=4,             # how much smaller `lq` is
+    scale:int=4,             # how much smaller `lq` is, 1 to 8; at 1 it keeps the size
 )->Tensor:                   # (3,H/scale,W/scale), 8-bit values
     "A low-resolution version of one photograph [Wang+ 2021, fig. 2]"
     _check_input(gt, degradation, generator, scale)

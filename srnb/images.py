@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
            'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'Samples', 'mean', 'best', 'load_model',
-           'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image', 'write_upscaled',
-           'upscale_file', 'policy_model']
+           'result_scale', 'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image',
+           'write_upscaled', 'upscale_file', 'policy_model']
 
 # %% ../nbs/61_images.ipynb #61-images-003
 import io
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .colour import Colour
 from .config import coerced
-from .core import Clock, bicubic, check_images, generator, replace_file, to_bytes, to_floats
+from .core import Clock, bicubic, check_images, check_scale, generator, replace_file, to_bytes, to_floats
 from .files import ENDS, FORMATS, PICTURES, kind_of
 from .policies import Policy, check_reads, from_pretrained, usual_dtype
 from .tiles import check_draws, draw_blended, draw_tiles, on_latents, plan_tiles
@@ -302,6 +302,20 @@ def load_model(
     check_reads(policy)
     return policy
 
+def result_scale(
+    policy,                   # anything with codec.factor
+    scale:int|None=None,      # 1 to 8; None: the policy's
+    say:Callable|None=None,   # told if results are reduced
+)->int:                       # 1 to 8
+    "How many times as long the sides of results are; ValueError if the network enlarges less than is asked for"
+    f = policy.codec.factor
+    if scale is None: return f
+    if check_scale(scale) > f:
+        raise ValueError(f"the network enlarges {f} times, less than the scale {scale} that is asked for; take a "
+                         "network of that scale, or leave scale out")
+    if scale < f and say is not None: say(f"the network enlarges {f} times; the result is reduced to {scale} times")
+    return scale
+
 def _kept(keep:Callable, samples:Samples, lq:Tensor)->Tensor: # (1,3,H,W) uint8
     found, shape = keep(samples, lq), tuple(samples.stored[0].shape)
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
@@ -310,23 +324,25 @@ def _kept(keep:Callable, samples:Samples, lq:Tensor)->Tensor: # (1,3,H,W) uint8
     return to_bytes(check_images(found[None].cpu(), "what keep gives"))
 
 def _run(work:Work, policy, seeds:Sequence[int], keep:Callable|None, tile:int|None, colour:Colour, steps:int|None,
-         overlap:int, say:Callable, sampler:Callable|None=None, prompt:str="")->Iterator: # of the kind of `work`
+         overlap:int, say:Callable, sampler:Callable|None=None, prompt:str="", scale:int|None=None,
+)->Iterator: # of the kind of `work`
     for o in work.notes: say(f"note: {o}")
-    f, (h, w), n = policy.codec.factor, work.lq.shape[-2:], len(seeds)
+    f, s, (h, w), n = policy.codec.factor, result_scale(policy, scale), work.lq.shape[-2:], len(seeds)
     fix = colour.of(policy.codec)
     answer = work.answer + 12*(work.alpha is not None) + (84+48*colour.linear)*(fix is not None) + 48*bool(keep)
-    plan = plan_tiles(policy, (h, w), tile, overlap, answer, n)
+    plan = plan_tiles(policy, (h, w), tile, overlap, answer + 24*(s < f), n)
     if plan.tiles > 1 or plan.bytes > 2e8: # what is small is done before it is read
-        say(f"{w}x{h} -> {f*w}x{f*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
+        say(f"{w}x{h} -> {s*w}x{s*h} pixels: {plan.tiles} tile{'s'*(plan.tiles > 1)} of {plan.tile}, "
             f"{f'{n} samples, '*(n > 1)}about {plan.bytes/1e9:.2f} GB of {plan.free/1e9:.2f} GB free")
     lq = work.lq if work.alpha is None else fill_hidden(work.lq, work.alpha)
-    alpha = None if work.alpha is None else to_bytes(bicubic(work.alpha, (f*h, f*w)))
+    alpha = None if work.alpha is None else to_bytes(bicubic(work.alpha, (s*h, s*w)))
     draw, what = (draw_blended, "windows in all steps") if on_latents(policy) else (draw_tiles, "tiles")
     def drawn(image): # samples (1,3,H,W) uint8, one after the other
         clock = Clock(what, say, at_once=plan.tiles > 1)
         for sr in draw(policy, image[None], seeds, plan.tile, overlap, steps, clock, sampler, prompt):
-            if fix is None: yield sr
-            else: yield to_bytes(fix(to_floats(sr), policy.codec.upsample(image[None].cpu())).clamp(0, 1))
+            if fix is not None:
+                sr = to_bytes(fix(to_floats(sr), policy.codec.upsample(image[None].cpu())).clamp(0, 1))
+            yield to_bytes(bicubic(to_floats(sr), (s*h, s*w))) if s < f else sr
     def made(image): # what is given back
         if keep is None: return drawn(image) if len(lq) == 1 else list(drawn(image))
         return [_kept(keep, Samples(tuple(o[0] for o in drawn(image))), image)]
@@ -355,8 +371,9 @@ def upscale(
     prompt:str="",               # for a backbone; one that is loaded must have been told it
     samples:int=1,               # with seeds seed, seed+1, ...
     keep:Callable|None=best,     # (samples, lq) -> (3,H,W) in [0, 1]; None: all of them, as a list
-)->Image.Image|np.ndarray|Tensor|list: # the same kind, four times as high and wide, with 8-bit values
-    "Upscale an image of any kind four times"
+    scale:int|None=None,         # of the result, 1 to the policy's, to which it is reduced; None: the policy's
+)->Image.Image|np.ndarray|Tensor|list: # the same kind, `scale` times as high and wide, with 8-bit values
+    "Upscale an image of any kind, as far as the policy does"
     seeds = _seeds(seed, samples, keep)
     colour = coerced(colour, Colour, "colour")
     if overlap < 0 or tile is not None and tile < max(2*overlap, 1):
@@ -367,9 +384,10 @@ def upscale(
         raise TypeError(f"image must be a Pillow image, a numpy array or a torch tensor, got {type(image).__name__}")
     work, policy = make(image), model
     if isinstance(model, str|Path): policy = load_model(model, dtype, prompts=[prompt] if prompt else ())
+    scale = result_scale(policy, scale, say)
     if samples > 1: check_draws(policy, steps, sampler, prompt)
     choose = None if samples == 1 and keep is best else keep # of one there is nothing to choose
-    found = list(_run(work, policy, seeds, choose, tile, colour, steps, overlap, say, sampler, prompt))
+    found = list(_run(work, policy, seeds, choose, tile, colour, steps, overlap, say, sampler, prompt, scale))
     return found if keep is None else found[0]
 
 # %% ../nbs/61_images.ipynb #60-upscale-066
@@ -415,12 +433,14 @@ def open_image(
 def is_result(
     path:Path,          # a file that is there
     size:Sequence[int], # (w, h) of its source
+    scale:int,          # how many times as long its sides are
 )->bool:
-    "Whether a file is a whole image, four times as large as its source"
+    "Whether a file is a whole image of this scale"
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None # a result may be larger than what is read as a source
     try:
         with Image.open(path, formats=[kind_of(path)]) as im:
-            if sorted(im.size) != sorted(4*n for n in size): return False # a result is upright, its source may not be
+            want = sorted(scale*n for n in size)
+            if sorted(im.size) != want: return False # a result is upright, its source may not be
             if im.format == "PNG": im.verify() # checksums, without decoding
             else: im.load()
             return True
@@ -473,6 +493,7 @@ def write_upscaled(
     steps:int|None=None,     # None: what the policy says
     sampler:Callable|None=None, # as `upscale` has it
     prompt:str="",           # for a backbone
+    scale:int|None=None,     # as `upscale` has it; nothing is said of it
 )->Iterator[tuple[int, int]]: # (W, H) of each file, as soon as it is written
     "Upscale a file into one file, or into one for each sample"
     targets = [Path(o) for o in targets]
@@ -483,9 +504,9 @@ def write_upscaled(
         try: work = of_pillow(im)
         except (Refused, MemoryError): raise
         except Exception as e: raise ValueError(f"damaged image ({e})") from e
-    size = tuple(policy.codec.factor*n for n in reversed(work.lq.shape[-2:]))
+    size = tuple(result_scale(policy, scale)*n for n in reversed(work.lq.shape[-2:]))
     for o in targets: check_holds(o, work.mode, size)
-    made = _run(work, policy, seeds, keep, tile, colour, steps, 32, say, sampler, prompt)
+    made = _run(work, policy, seeds, keep, tile, colour, steps, 32, say, sampler, prompt, scale)
     for target, image in zip(targets, made, strict=True):
         save_image(image, target, force, say)
         yield size
@@ -504,13 +525,14 @@ def upscale_file(
     prompt:str="",           # for a backbone
     samples:int=1,           # with seeds seed, seed+1, ...
     keep:Callable=best,      # (samples, lq) -> (3,H,W) in [0, 1]
+    scale:int|None=None,     # as `upscale` has it; nothing is said of it
 )->tuple[int, int]:          # (W, H) of what was written
     "Upscale a file into a file"
     seeds = _seeds(seed, samples, keep)
     if samples > 1: check_draws(policy, steps, sampler, prompt)
     choose = None if samples == 1 and keep is best else keep
     return list(write_upscaled(source, [target], policy, seeds, choose, tile, colour, force, say, steps, sampler,
-                               prompt))[0]
+                               prompt, scale))[0]
 
 # %% ../nbs/61_images.ipynb #61-images-new2
 def policy_model(

@@ -26,10 +26,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .baselines import bicubic_x4
+from .baselines import bicubic_at
 from .config import coerced, nearest, own_files, record
-from .core import (bicubic, check_images, decode_image, generator, open_run, progress, quantize, read_image,
-                       replace_file, seed_of, versions, write_image, write_json, write_table)
+from .core import (check_images, decode_image, generator, open_run, progress, quantize, read_image, replace_file,
+                       seed_of, versions, write_image, write_json, write_table)
 from .cost import FORMS, cost_of
 from .data import make_pair
 from .degrade import Degradation
@@ -197,8 +197,7 @@ def entered(
     return entry
 
 def _named(sources:Mapping, baseline:str, scale:int)->dict[str, Source]: # with bicubic first
-    plain = plain_model(bicubic_x4 if scale == 4 else
-                        lambda lq: bicubic(lq, [scale*n for n in lq.shape[-2:]]), "baseline bicubic")
+    plain = plain_model(bicubic_at(scale), "baseline bicubic")
     named = {n: as_source(o, n) for n, o in sources.items()}
     if odd := [n for n in named if not n or n != n.strip() or not n.isprintable() or {*"/\\|"} & {*n}]:
         raise ValueError(f"a source cannot be called {odd[0]!r}: a name can be printed, has no /, \\ or | in it, and "
@@ -206,7 +205,7 @@ def _named(sources:Mapping, baseline:str, scale:int)->dict[str, Source]: # with 
     if "bicubic" in named and identity_of(named["bicubic"]) != identity_of(plain):
         raise ValueError("bicubic is the name of bicubic interpolation, which always stands beside the sources; give "
                          "yours another name")
-    named = {"bicubic": plain, **named}
+    named = {"bicubic": plain, **{n: o for n, o in named.items() if n != "bicubic"}}
     if baseline not in named: raise ValueError(f"there is no source {baseline!r} to compare with; "
                                                f"{nearest(baseline, named)}")
     return named
@@ -694,22 +693,23 @@ def _write(entry:Entry, table:pd.DataFrame, seeds, baseline:str, measure:Measure
 # %% ../nbs/52_judge.ipynb #52-judge-005
 def compare_upscalers(
     out_dir:str|Path,             # the comparison's folder
-    models:dict[str, Callable],   # name -> (1,3,h,w) to (1,3,4h,4w), [0, 1]
+    models:dict[str, Callable],   # name -> (1,3,h,w) to (1,3,H,W), [0, 1]
     photos:Sequence,              # srnb.data.Photo
     degradation:Degradation|Callable, # settings, or a function (gt, generator, scale) -> lq
     metrics:Sequence[Metric],
     size:int=0,                   # pixels of a central crop; 0: whole
     weights:dict[str, str]|None=None, # name -> what tells its weights from others of that name
+    scale:int=4,                      # H over h
 )->pd.DataFrame:                  # image, seed, metric, variant (model), value; `cpu_s_per_mp` is process time
     "Every model on every photograph"
     check_available(metrics, (256, 256))
-    for name, model in models.items(): check_model(plain_model(model, name), name, 4)
-    weights, jobs = weights or {}, []
+    for name, model in models.items(): check_model(plain_model(model, name), name, scale)
+    weights, jobs, grid = weights or {}, [], 4*scale
     out = open_run(out_dir, dict(photos={p.id: p.sha256[:16] for p in photos}, degradation=record(degradation),
-                                 metrics=[m.name for m in metrics], size=size, threads=torch.get_num_threads(),
-                                 **own_files(degradation)))
+                                 metrics=[m.name for m in metrics], size=size, scale=scale,
+                                 threads=torch.get_num_threads(), **own_files(degradation)))
     @functools.lru_cache(1)
-    def pair_of(p): return make_pair(p, size or [s//16*16 for s in p.read().shape[1:]], degradation)
+    def pair_of(p): return make_pair(p, size or [s//grid*grid for s in p.read().shape[1:]], degradation, scale)
     def scored(p, name):
         lq, gt = pair_of(p)
         start = time.process_time()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import replace_file, bicubic, like_batch, write_json
+from .core import bicubic, check_scale, like_batch, replace_file, write_json
 
 # %% ../nbs/10_nets.ipynb #10-nets-007
 def flow_scalings(
@@ -101,10 +101,11 @@ class UNetConfig:
     emb:int = 64                               # width of the noise embedding
     mean_channels:int = 64                     # of the regression head
     mean_blocks:int = 8                        # of the regression head
-    scale:int = 4                              # upscaling factor
+    scale:int = 4                              # upscaling, 1 to 8
     restored:bool = False                      # whether a restorer's picture stands beside the input
     features:int = 0                           # channels of the restorer's features, on the low-resolution grid
     def __post_init__(self):
+        check_scale(self.scale)
         if self.features and not self.restored: raise ValueError("features are a restorer's: set restored")
         if len(self.channels) != len(self.blocks):
             raise ValueError(f"one number of blocks per level: channels {self.channels}, blocks {self.blocks}")
@@ -167,7 +168,7 @@ def _features(self, x:Tensor, sigma:Tensor, cond:Tensor)->Tensor:
 def _forward(self,
     x:Tensor,     # (B,3,H,W) noisy state of the residual, unit variance for z and eps
     sigma:Tensor, # (B,) in [0, 1]
-    cond:Tensor,  # (B,3,H/4,W/4) lq in [0, 1], or from `encode` (B,6+,H,W), which spares doing it again
+    cond:Tensor,  # (B,3,h,w) lq in [0, 1], or from `encode` (B,6+,H,W), which spares doing it again
     return_mean:bool=False, # give the mean too, for its own loss; the velocity never trains it
 )->Tensor:        # (B,3,H,W) velocity eps - z, or (velocity, mean)
     "Predicted velocity; sides must be multiples of the coarsest stride"
@@ -201,12 +202,12 @@ class OneStepConfig:
     channels:tuple[int, ...] = (64, 128, 128)  # per level, finest first; the finest is the low-resolution grid
     blocks:tuple[int, ...] = (4, 2, 2)         # per level on the way down, and again on the way up (the last: once)
     emb:int = 64                               # width of the noise embedding
-    tail:int = 32                              # channels at twice the low resolution
-    scale:int = 4                              # upscaling factor
+    tail:int = 32                              # channels at twice the low resolution, of an odd scale at full size
+    scale:int = 4                              # upscaling, 1 to 8
     def __post_init__(self):
+        check_scale(self.scale)
         if len(self.channels) != len(self.blocks):
             raise ValueError(f"one number of blocks per level: channels {self.channels}, blocks {self.blocks}")
-        if self.scale != 4: raise ValueError(f"this network enlarges four times, got scale {self.scale}")
 
 class OneStep(nn.Module):
     "A network that answers with the clean image in [-1, 1]; subclasses have `features` and `stride` [CTMSR, eq. 9]"
@@ -214,7 +215,7 @@ class OneStep(nn.Module):
     def forward(self,
         x:Tensor,     # (B,3,H,W) state of residual shifting, z and y in [-1, 1]
         sigma:Tensor, # (B,) in [0, 1]
-        cond:Tensor,  # (B,3,H/4,W/4) lq in [0, 1]
+        cond:Tensor,  # (B,3,h,w) lq in [0, 1]
     )->Tensor:        # (B,3,H,W)
         "Predicted clean image; sides must be multiples of `stride`"
         _check_sides(x, self.stride, cond, self.config.scale, "lq")
@@ -227,11 +228,12 @@ class OneStepUNet(OneStep):
     def __init__(self, config:OneStepConfig=OneStepConfig()):  # noqa: B008 (frozen)
         super().__init__()
         self.config, c, e, f = config, config.channels, config.emb, config.scale
+        self.first = 2 if f % 2 == 0 else f # enlargement in front of the tail; the rest is behind it
         self.head = nn.Conv2d(3*f*f + 3, c[0], 3, padding=1)
         _add_trunk(self, c, config.blocks, e)
-        self.enlarge = nn.Conv2d(c[0], 4*config.tail, 3, padding=1)
+        self.enlarge = nn.Conv2d(c[0], self.first**2*config.tail, 3, padding=1)
         self.refine = nn.Conv2d(config.tail, config.tail, 3, padding=1)
-        self.tail = nn.Conv2d(config.tail, 4*3, 3, padding=1)
+        self.tail = nn.Conv2d(config.tail, 3*(f//self.first)**2, 3, padding=1)
         nn.init.zeros_(self.tail.weight), nn.init.zeros_(self.tail.bias)
 
     @property
@@ -240,9 +242,10 @@ class OneStepUNet(OneStep):
     def features(self, x:Tensor, c_noise:Tensor, lq:Tensor)->Tensor:
         "The network's own part F (B,3,H,W)"
         h = self.head(torch.cat([F.pixel_unshuffle(x, self.config.scale), 2*lq - 1], 1))
-        h = F.silu(F.pixel_shuffle(self.enlarge(_trunk(self, h, c_noise)), 2))
+        h = F.silu(F.pixel_shuffle(self.enlarge(_trunk(self, h, c_noise)), self.first))
         y = bicubic(lq, x.shape[-2:])*2 - 1
-        return y + F.pixel_shuffle(self.tail(F.silu(self.refine(h))), 2).to(y.dtype)
+        h = self.tail(F.silu(self.refine(h)))
+        return y + F.pixel_shuffle(h, self.config.scale//self.first).to(y.dtype)
 
 # %% ../nbs/10_nets.ipynb #10-nets-039
 @dataclass(frozen=True)
@@ -257,10 +260,12 @@ class SwinConfig:
     mlp:int = 4             # width inside a token's two linear maps, over `width`
     dropout:float = .13     # probability in a block, while training
     side:bool = True        # a 1x1 convolution beside every change of resolution
-    scale:int = 4           # upscaling factor
+    scale:int = 4           # upscaling
     def __post_init__(self):
         if self.width % self.heads: raise ValueError(f"heads must divide width, got {self.heads} and {self.width}")
-        if self.scale != 4: raise ValueError(f"this network enlarges four times, got scale {self.scale}")
+        if self.scale != 4:
+            raise ValueError("SwinUNet enlarges four times, as published; for another scale take OneStepUNet with "
+                             f"OneStepConfig(scale=...); got scale {self.scale}")
 
 def _group_norm(channels:int)->nn.GroupNorm: # 32 groups, or fewer of at least 4: one alone would undo an added level
     groups = next(n for n in range(max(1, min(32, channels//4)), 0, -1) if channels % n == 0)

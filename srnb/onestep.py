@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from .backbones import BackboneOptions, is_backbone, save_control
 from .config import Checked, from_file, own_file, own_files, record
 from .consistency import (consistency_loss, intervals_at, matching_loss, node_pair, perceptual_distance, sds_gap,
                               trajectory_gap)
-from .core import bicubic, generator, seed_of, write_json, write_table
+from .core import bicubic, check_multiple, generator, seed_of, write_json, write_table
 from .curation import fingerprint, make_bank
 from .data import PatchPool, embedded_photos, make_pair
 from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation
@@ -33,7 +34,7 @@ from .nets import OneStepConfig, OneStepUNet, SmallUNet, UNetConfig
 from .pairs import seed_at
 from .paths import Shift
 from .policies import (EMPTY, PixelCodec, Policy, ResidualCodec, check_policy, check_reads, from_pretrained,
-                           influence, restorer_of, save_pretrained, stand_on, text_ids)
+                           influence, input_grid, restorer_of, save_pretrained, stand_on, text_ids)
 from .rewards import (CVVDP, LSD, PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, Metric, check_available,
                           drop_scorers, st_lpips_loss)
 from .runs import (Base, Data, Judging, add_trained, blind_of, check_blind, check_readable, check_unseen, claimed,
@@ -160,8 +161,7 @@ class Patches(Checked):
 
     def fits(self, policy:Policy)->Policy:
         "The policy, unless its stride does not divide the patch"
-        if self.patch % policy.stride:
-            raise ValueError(f"patch must be a multiple of the network's stride {policy.stride}, got {self.patch}")
+        check_multiple(self.patch, policy.stride, "patch", "the network's stride ")
         return policy
 
     def policy(self, new:Callable)->Policy: # new: () -> Policy, if there is no init
@@ -202,7 +202,7 @@ def train_network(
 @dataclass(frozen=True)
 class BaseRun(Patches):
     "A supervised base from photographs"
-    net:UNetConfig = UNetConfig()
+    net:UNetConfig = UNetConfig() # of a new network; its `scale` is that of the base
     restorer:str|None = None     # a policy, a checkpoint or `file.py:NAME`: lq -> sr, on which it stands; None: none
     loop:Loop = Loop(steps=1000, lr=5e-4, warmup=200, decay=.2, ema=.999, save_every=500, log_every=50)
     options:BackboneOptions = BackboneOptions(train="whole") # of a backbone
@@ -234,8 +234,6 @@ class BaseRun(Patches):
         if self.restorer: restorer_of(self.restorer, "BaseRun.restorer", self.net.scale)
         if self.net.restored and not self.restorer:
             raise ValueError("BaseRun.net.restored is set by naming a restorer: leave it out")
-        if self.net.scale != 4:
-            raise ValueError(f"BaseRun.net: photographs are made four times smaller, got scale = {self.net.scale}")
 
     @property
     def backbone(self)->bool: return self.init is not None and is_backbone(self.init)
@@ -252,13 +250,20 @@ def train_base(
     processes(run.loop)
     refuse_fsdp()
     if is_done(out, said, "policy/policy.json"): return out
-    pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
+    @cache
+    def pool_at(scale): return PatchPool(photos, run.degradation, run.versions, run.max_side, scale)
     def new():
-        lq, gt = pool.batch(512, run.patch, generator(seed_of(run.seed, "scale")))
-        scale = ResidualCodec(1.).encode(gt, lq).square().mean().sqrt().item()
-        base = Policy(SmallUNet(net), codec=ResidualCodec(round(scale, 4)))
+        made, f = SmallUNet(net), net.scale
+        check_multiple(run.patch, made.stride, "patch", "the network's stride ") # before photographs are degraded
+        lq, gt = pool_at(f).batch(512, run.patch, generator(seed_of(run.seed, "scale")))
+        scale = round(ResidualCodec(1., f).encode(gt, lq).square().mean().sqrt().item(), 4)
+        if not scale:
+            raise ValueError(f"there is nothing to learn: the photographs of {', '.join(run.photos)} equal the bicubic "
+                             f"enlargement of their low-resolution images ({f} times); give other pairs")
+        base = Policy(made, codec=ResidualCodec(scale, f))
         return stand_on(base, restorer) if restorer else base
     policy = run.policy(new)
+    pool = pool_at(policy.codec.factor)
     def learn(): return fit(policy, sft_loss(pool, policy, run), run.loop, out)[1]
     seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
     if restorer and restorer.own: seen |= seen_by(run.restorer, restorer.own) # through it the base has seen them too
@@ -277,9 +282,10 @@ def evaluate_base(
     check_blind("blind", blind, metrics)
     photos = photos_in(data.held_out, "held_out")[:data.take or None]
     check_unseen(out/"policy", photos)
-    pairs = [(p.id, *make_pair(p, data.size, data.degradation)) for p in photos]
     policy = from_pretrained(out/"policy", dtype=torch.bfloat16)
     check_reads(policy)
+    check_multiple(data.size, policy.stride, "size", "the network's stride ")
+    pairs = [(p.id, *make_pair(p, data.size, data.degradation, policy.codec.factor)) for p in photos]
     wild = blind_of("blind", blind, metrics, policy, m, name=out/"policy")
     note = dict(degradation=record(data.degradation), size=data.size)
     bank = make_bank(out/"held_out", policy, pairs, m, steps, note=note)
@@ -297,8 +303,9 @@ def _shown(run:BaseRun, policy:Policy)->Callable: # (step, trackers), for `fit`
     "Input, sample and photograph, side by side, of two embedded photographs, which no pool lets in"
     photos = embedded_photos("held_out")[:2]
     smallest = min(min(p.read().shape[1:]) for p in photos)
-    size = min(run.patch, smallest)//policy.stride*policy.stride
-    pairs = {p.id: make_pair(p, size, run.degradation) for p in photos}
+    f = policy.codec.factor
+    step = f*input_grid(policy)
+    pairs = {p.id: make_pair(p, min(run.patch, smallest)//step*step, run.degradation, f) for p in photos}
     def show(step, trackers):
         if not trackers or in_pieces(policy.net): return # sampling would ask all processes for their pieces
         for name, (lq, gt) in pairs.items():
@@ -313,12 +320,12 @@ def train_branch(
     "Train a control branch to read the input, and say how far it does; resumes, and says so if it is already done"
     out, loop, state = Path(run.out), run.loop, processes(run.loop)
     photos = photos_in(run.photos, "train")
-    pool = PatchPool(photos, run.degradation, run.versions, run.max_side)
-    prompts = prompts_of(run.prompts, pool.ids)
+    prompts = prompts_of(run.prompts, [p.id for p in photos])
     base = Base(run.init, precision=run.precision, options=run.options)
     with state.main_process_first(): policy = run.fits(policy_of(base, run.prompts, state.device))
     said = record_of(run, base=fingerprint(policy), trained_on=trained_on(photos, prompts=prompts))
     if is_done(out, said, "control/config.json"): return out # which is written last
+    pool = PatchPool(photos, run.degradation, run.versions, run.max_side, policy.codec.factor)
     def trainable(policy):
         add_trained(policy, run.options, run.rank, run.seed)
         return policy
@@ -351,7 +358,7 @@ class CTMSRRun(Patches):
     patch:int = 96                          # pixels of a training patch
     batch:int = 8                           # patches of a micro-batch
     window:int = 64                         # pixels of a patch that LPIPS sees
-    net:OneStepConfig = OneStepConfig()
+    net:OneStepConfig = OneStepConfig()     # of a new network; its `scale` is that of the run
     first:int = 4                           # intervals T at the start of stage 1; 1: regression
     last:int = 3                            # intervals at its end, and in stage 2
     lpips_weight:float = .5                 # in the distance; the rest is Charbonnier's
@@ -405,7 +412,7 @@ def train_ctmsr(
     refuse_fsdp()
     check_available(run.judges, (run.size, run.size))
     drop_scorers() # nothing is scored before training has ended
-    policy = run.policy(lambda: Policy(OneStepUNet(run.net), Shift(), Shift(), PixelCodec()))
+    policy = run.policy(lambda: Policy(OneStepUNet(run.net), Shift(), Shift(), PixelCodec(factor=run.net.scale)))
     if not isinstance(policy.path, Shift):
         raise ValueError(f"init = {run.init!r} is no one-step network; name one, or leave init out")
     train, test = photo_sets(run, policy.stride, run.init, policy)
@@ -414,8 +421,9 @@ def train_ctmsr(
     wild = blind_of("CTMSRRun.blind", run.blind, run.judges, policy, run.eval_m, train, run.init)
     said = record_of(run, **stands_for, **(wild.said if wild else {}))
     if is_done(out, said): return out
-    probes = [(p.id, *make_pair(p, run.size, run.degradation)) for p in test]
-    pool = PatchPool(train, run.degradation, run.versions, run.max_side, held_out=test)
+    f = policy.codec.factor
+    probes = [(p.id, *make_pair(p, run.size, run.degradation, f)) for p in test]
+    pool = PatchPool(train, run.degradation, run.versions, run.max_side, f, test)
     later = ("match", "size", "judges", "eval_m", "held_out", "blind") # what stage 1 does not depend on
     first = {k: v for k, v in said["config"].items() if k not in later}
     first |= stands_for | own_files([run.degradation, run.init])

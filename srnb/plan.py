@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from .backbones import (KINDS, BackboneError, ControlledFlux, ControlledUNet, _place, _reading, flux_branch,
                             unet_branch)
 from .core import DoesNotFit
-from .policies import Policy, layers_of
+from .policies import Policy, input_grid, layers_of
 
 # %% ../nbs/14_plan.ipynb #14-plan-006
 @dataclass(frozen=True)
@@ -593,7 +593,7 @@ def bytes_per_pixel(
     "How fast the memory of a run grows with its input; a VAE is not tiled meanwhile"
     known, vae = _BYTES.setdefault(policy, {}), getattr(policy.codec, "vae", None)
     if run not in known:
-        grid, peaks, tiled = policy.stride//policy.codec.factor, [], getattr(vae, "use_tiling", False)
+        grid, peaks, tiled = input_grid(policy), [], getattr(vae, "use_tiling", False)
         n = -(-32//grid)*grid
         if tiled: vae.disable_tiling()
         try:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .backbones import BackboneOptions, is_backbone, load_backbone
 from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
-from .core import bicubic, open_run, seed_of, to_bytes, write_table
+from .core import bicubic, check_multiple, open_run, seed_of, to_bytes, write_table
 from .curation import Group, WhenAsked, make_bank, read_group, score_bank, score_table
 from .data import (Photo, check_disjoint, embedded_photos, find_images, find_photos, make_pair, split_photos,
                        trim)
@@ -40,8 +40,8 @@ from .downstream import Agreement
 from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .plan import check_whole
-from .policies import (Policy, check_policy, from_pretrained, policy_folder, save_adapter, save_pretrained,
-                           usual_dtype)
+from .policies import (Policy, check_policy, from_pretrained, input_grid, policy_folder, save_adapter,
+                           save_pretrained, usual_dtype)
 from .rewards import (OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, check_available, hybrid,
                           luma)
 from .spectral import radial_psd
@@ -138,22 +138,20 @@ def photo_sets(
         raise ValueError(f"{len(train)} photographs to train on and {len(test)} held out: an interval needs at least 2 "
                          "held out; add photographs, or name a folder of them as held_out")
     check_disjoint(train, test)
-    if run.size % stride:
-        raise ValueError(f"size must be a multiple of the network's stride {stride}, got {run.size}")
+    check_multiple(run.size, stride, "size", "the network's stride ")
     train, test = train[:run.take or None], test[:run.take or None]
     check_unseen(name, test, policy)
     return train, test
 
 def inputs_of(
     data:Data,
-    stride:int,              # all of them as in `photo_sets`
-    name:str|None,
-    policy:Policy|None=None,
-    sets:tuple|None=None,    # from `photo_sets`; None: they are looked up
-)->tuple[list, list]:        # crops and probes, (id, lq, gt) each, 8 bit
+    policy:Policy,        # which says stride and scale
+    name:str|None,        # of the base, as in `photo_sets`
+    sets:tuple|None=None, # from `photo_sets`; None: they are looked up
+)->tuple[list, list]:     # crops and probes, (id, lq, gt) each, 8 bit
     "What a run looks at"
-    train, test = sets or photo_sets(data, stride, name, policy)
-    def pair(p, k=0): return map(to_bytes, make_pair(p, data.size, data.degradation, place=k))
+    train, test = sets or photo_sets(data, policy.stride, name, policy)
+    def pair(p, k=0): return map(to_bytes, make_pair(p, data.size, data.degradation, policy.codec.factor, place=k))
     crops = [(f"{p.id}-{k}", *pair(p, k)) for p in train for k in range(data.places)]
     return crops, [(p.id, *pair(p)) for p in test]
 
@@ -503,7 +501,7 @@ def blind_of(
     "Look at the pictures of a folder; raise, before any work, where one cannot be judged"
     check_blind(where, folder, metrics)
     if folder is None: return None
-    photos, multiple = find_photos(folder), math.lcm(policy.stride, policy.codec.factor)//policy.codec.factor
+    photos, multiple = find_photos(folder), input_grid(policy)
     if len(photos) < 2:
         raise ValueError(f"{where}: {folder} holds {len(photos)} picture, and an interval needs at least 2; add some")
     check_disjoint(train, photos, other=where)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import generator, quantize, seed_of, to_bytes
 from .degrade import mirrored
 from .plan import DoesNotFit, Tally, bytes_per_pixel, free_on, run_decoder
-from .policies import in_eval, text_ids
+from .policies import in_eval, input_grid, text_ids
 
 # %% ../nbs/60_tiles.ipynb #60-upscale-008
 def noise_window(
@@ -91,7 +91,7 @@ def layout(
     overlap:int,        # least overlap, pixels of lq
 )->list[tuple[int, list[int]]]: # for rows and for columns what `cuts` says
     "Where the tiles of an image lie; the policy's stride is their grid"
-    m = policy.stride//policy.codec.factor
+    m = input_grid(policy)
     return [cuts(-(-n//m)*m, tile, overlap, m) for n in size]
 
 def ramps(
@@ -127,10 +127,10 @@ def draw_tiles(
     tick:Callable[[int, int], None]=lambda done, total: None, # called after every tile
     sampler:Callable|None=None, # (predict, x, sigmas, path, draw) -> z; None: the policy's own, if it has one
     prompt:str="",           # for a backbone
-)->Iterator[Tensor]:         # one sample after the other: (1,3,4h,4w) uint8 on the CPU
+)->Iterator[Tensor]:         # one sample after the other: (1,3,H,W) uint8 on the CPU
     "Upscale one image in overlapping tiles that share one field of noise; an input is encoded once for all samples"
     f, (h, w), sampler = policy.codec.factor, lq.shape[-2:], sampler or getattr(policy, "sampler", None)
-    lq, ((th, tops), (tw, lefts)) = mirror(lq, policy.stride//f), layout(policy, (h, w), tile, overlap)
+    lq, ((th, tops), (tw, lefts)) = mirror(lq, input_grid(policy)), layout(policy, (h, w), tile, overlap)
     rows, cols = (ramps(f*t, [f*o for o in at], f*(3*overlap//8)) for t, at in ((th, tops), (tw, lefts)))
     size, done, n = [f*o for o in lq.shape[-2:]], count(1), len(seeds)
     out, carry = [torch.empty(1, 3, *size, dtype=torch.uint8) for _ in seeds], [torch.zeros(1, 3, 0, 1)]*n
@@ -191,13 +191,13 @@ def draw_blended(
     tick:Callable[[int, int], None]=lambda done, total: None, # called after every window of every step
     sampler:Callable|None=None, # (predict, x, sigmas, path, draw) -> z; None: the policy's own
     prompt:str="",           # for a backbone
-)->Iterator[Tensor]:         # one sample after the other: (1,3,4h,4w) uint8 on the CPU
+)->Iterator[Tensor]:         # one sample after the other: (1,3,H,W) uint8 on the CPU
     """Upscale with one state whose prediction is blended from windows in every step [Jiménez 2023; Bar-Tal+ 2023].
     The network's memory is a window's. State and condition are whole, and so is the decoding, of a VAE too unless
     `vae.enable_tiling()` was called."""
     f, down, (h, w) = policy.codec.factor, getattr(policy.codec, "down", 1), lq.shape[-2:]
     (th, tops), (tw, lefts) = layout(policy, (h, w), tile, overlap)
-    lq = mirror(lq, policy.stride//f).to(policy.device)
+    lq = mirror(lq, input_grid(policy)).to(policy.device)
     def windows(side, starts): # (slice of lq, its weights) along an axis
         weights = ramps(f*side//down, [f*o//down for o in starts], f*(3*overlap//8)//down)
         return [(slice(o, o+side), r.to(lq)) for o, r in zip(starts, weights, strict=True)]

@@ -200,8 +200,8 @@ def test_files_that_are_no_weights(tmp_path):
 
 
 def test_networks_that_do_not_fit(tmp_path):
-    save_file(compact(upscale=2).state_dict(), tmp_path/"two.safetensors")
-    with pytest.raises(ValueError, match="scale 2 from 3 to 3"): spandrel_model(tmp_path/"two.safetensors")
+    save_file(compact(upscale=9).state_dict(), tmp_path/"nine.safetensors")
+    with pytest.raises(ValueError, match="from 1 to 8, got 9"): spandrel_model(tmp_path/"nine.safetensors")
     save_file(compact(upscale=4, num_in_ch=1, num_out_ch=1).state_dict(), tmp_path/"grey.safetensors")
     with pytest.raises(ValueError, match="from 1 to 1 channels"): spandrel_model(tmp_path/"grey.safetensors")
     save_file({"weight": torch.ones(2)}, tmp_path/"odd.safetensors")

@@ -59,7 +59,7 @@ def test_a_shared_stage_knows_its_pictures_and_prompts(tiny, photos, tmp_path, m
     monkeypatch.setattr(Work, "renew", lambda self: None)
     file, policy = tmp_path/"prompts.json", policy_of(run.base)
     def stage(run):
-        Start().prepare(Work(run, policy, *inputs_of(run.data, policy.stride, None)))
+        Start().prepare(Work(run, policy, *inputs_of(run.data, policy, None)))
         return json.dumps(notes[-1])
     first = stage(run)
     assert stage(run) == first
@@ -127,7 +127,7 @@ def test_a_crop_has_the_prompt_of_its_photograph(tiny, tmp_path):
     held_out = (held(tmp_path/"held"),)
     run = replace(run, data=replace(run.data, prompts=str(file), places=2, held_out=held_out))
     policy = policy_of(run.base)
-    work = Work(run, policy, *inputs_of(run.data, policy.stride, None))
+    work = Work(run, policy, *inputs_of(run.data, policy, None))
     told = {o.id: o.prompt for o in work.crops.held}
     assert told == {"img-0": "a tree", "img-1": "a tree", "img-1-0": "a house", "img-1-1": "a house"}
 
