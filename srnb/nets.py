@@ -427,8 +427,7 @@ class RRDBConfig:
     emb:int = 32      # width of the noise embedding
     scale:int = 4     # upscaling factor
     def __post_init__(self):
-        if self.scale not in range(1, 9):
-            raise ValueError(f"scale must be a whole number from 1 to 8, got {self.scale}")
+        check_scale(self.scale)
 
 class DenseBlock(nn.Module):
     "Five convolutions, each of which sees all before it"
