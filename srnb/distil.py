@@ -59,8 +59,10 @@ class Crops(Checked):
     most:int = 4000   # that are kept
     clean:float = .12 # share that is made smaller and not damaged
     mild:float = .4   # share damaged as ResShift's test set is; the rest as the run's degradation says
+    flat:float = .03  # share that is one colour, whose restored picture is that colour
     def check(self):
         self.at_least(1, "side", "first", "fresh", "every", "most")
+        if not 0 <= self.flat <= 1: raise ValueError(f"Crops.flat must lie in [0, 1], got {self.flat}")
         if not (0 <= self.clean and 0 <= self.mild and self.clean+self.mild <= 1):
             raise ValueError(f"Crops.clean and Crops.mild are shares of one whole, got {self.clean} and {self.mild}")
 
@@ -102,7 +104,12 @@ class TaughtPool:
                 g = generator(seed_of(self.seed, "crops", k))
                 lq, gt, _ = self.photos.patches(c.fresh if k else c.first, c.side, g)
                 taught = [self.teacher(o[None]) for o in progress(lq, "crops shown to the teacher")]
-                tensors = dict(lq=to_bytes(lq), taught=to_bytes(torch.cat(taught).float().clamp(0, 1)), gt=to_bytes(gt))
+                taught = torch.cat(taught).float().clamp(0, 1)
+                flat = (torch.rand(len(lq), generator=g) < c.flat)[:, None, None, None]
+                colour = torch.randint(256, (len(lq), 3, 1, 1), generator=g)/255
+                noisy = (colour + torch.randint(-1, 2, lq.shape, generator=g)/255).clamp(0, 1)
+                lq, taught, gt = (torch.where(flat, a, b) for a, b in ((noisy, lq), (colour, taught), (colour, gt)))
+                tensors = dict(lq=to_bytes(lq), taught=to_bytes(taught), gt=to_bytes(gt))
                 replace_file(path, lambda tmp: save_file(tensors, tmp))
         return load_file(path)
 

@@ -236,7 +236,7 @@ OWN = { # of one setting
     "distil": {k: v for k, v in PATCHES.items() if not k.startswith("net.")} | looped("loop", "policy", "log", "kept"
         ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(3, "log policy"),
                                 every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
-                                mild=(.7, "log policy"))) | below("to_teacher", dict(
+                                mild=(.7, "log policy"), flat=(.9, "log policy"))) | below("to_teacher", dict(
             l1=(.5, "log policy"), lpips=(.8, "log policy"))) | below("to_truth", dict(
             l1=(.5, "log policy"), lpips=(.8, "log policy"))) | dict(
         versions=(2, "!leave it 0"), max_side=(96, "log policy"), patch=(44, "log policy"), margin=(3, "log policy"),
