@@ -222,7 +222,7 @@ OWN = { # of one setting
         compile=(True, OTHER))) | {
         "prompts": (given("prompts"), "!BaseRun.prompts is for"),
         "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
-        "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
+        "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "policy")},
     "ctmsr": PATCHES | looped("loop", "policy", "log", "stage1") | dict(
         init=(given("onestep"), "!leave net out"), held_out=(folder("others_held"), "after metrics"),
         size=(80, "after metrics"), eval_m=(3, "after metrics"), judges=(("ssim_y",), "metrics"),
@@ -231,7 +231,7 @@ OWN = { # of one setting
         window=(32, "log policy")) | below("match", dict(
             gap=("sds", "log policy"), weight=(.8, "log policy"), inside=(False, "log"), refresh=(1, "log"))
             ) | looped("match.match_loop", "policy", "log", "!refresh") | {
-        "net.tail": (16, "policy"), "net.scale": (2, "!scale 2")},
+        "net.tail": (16, "policy"), "net.scale": (2, "policy")},
     "warm": dict(init=(given("tiny2"), "log policy")), "continued": dict(init=(given("onestep2"), "log policy"))}
 TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[s][0], {}) | OWN.get(s, {})
          for s in SETTINGS}
