@@ -232,7 +232,7 @@ OWN = { # of one setting
         "prompt_dropout": (.5, "!BaseRun.prompt_dropout is for"), "rank": (3, "!BaseRun.rank is for"),
         "restorer": (given("restorer"), "log policy"), "net.restored": (True, "!by naming a restorer"),
         "net.features": (8, "!set restored"),
-        "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "!got scale = 2")},
+        "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "policy")},
     "distil": {k: v for k, v in PATCHES.items() if not k.startswith("net.")} | looped("loop", "policy", "log", "kept"
         ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(3, "log policy"),
                                 every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
@@ -251,7 +251,7 @@ OWN = { # of one setting
         window=(32, "log policy")) | below("match", dict(
             gap=("sds", "log policy"), weight=(.8, "log policy"), inside=(False, "log"), refresh=(1, "log"))
             ) | looped("match.match_loop", "policy", "log", "!refresh") | {
-        "net.tail": (16, "policy"), "net.scale": (2, "!scale 2")},
+        "net.tail": (16, "policy"), "net.scale": (2, "policy")},
     "warm": dict(init=(given("tiny2"), "log policy")), "continued": dict(init=(given("onestep2"), "log policy"))}
 TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[s][0], {}) | OWN.get(s, {})
          for s in SETTINGS}
