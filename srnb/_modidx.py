@@ -673,6 +673,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.nets.WindowAttention.__init__': ('nets.html#windowattention.__init__', 'srnb/nets.py'),
                            'srnb.nets.WindowAttention.forward': ('nets.html#windowattention.forward', 'srnb/nets.py'),
                            'srnb.nets._add_trunk': ('nets.html#_add_trunk', 'srnb/nets.py'),
+                           'srnb.nets._bordered': ('nets.html#_bordered', 'srnb/nets.py'),
                            'srnb.nets._check_class': ('nets.html#_check_class', 'srnb/nets.py'),
                            'srnb.nets._check_sides': ('nets.html#_check_sides', 'srnb/nets.py'),
                            'srnb.nets._class_of': ('nets.html#_class_of', 'srnb/nets.py'),

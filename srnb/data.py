@@ -108,7 +108,7 @@ def find_photos(
 def embedded_photos(
     split:str|None=None, # "train", "held_out", or None for both
 )->list[Photo]:          # sorted by id
-    "The photographs that ship with this package; the shipped base network has seen none of them"
+    "The photographs that ship with this package; no network that ships has seen those held out"
     if split not in (None, "train", "held_out"):
         raise ValueError(f"split must be 'train', 'held_out' or None, got {split!r}")
     folder = Path(str(files("srnb")))/"photos"

@@ -34,7 +34,7 @@ from .training import Loop, fit, processes, refuse_fsdp
 def real_esrgan_net()->RRDBNet:
     "Real-ESRGAN x4plus, its published weights, as a network of room 10 [Wang+ 2021]"
     raw, at = real_esrgan_file("bin").read_bytes(), 0
-    net = RRDBNet(RRDBConfig(blocks=23))
+    net = RRDBNet(RRDBConfig(blocks=23, border="zeros"))
     dense = [conv for block in net.blocks for part in block for conv in part.convs]
     for conv in (net.first, *dense, net.body, *net.up, net.full, net.last):
         if raw[at:at+4] != bytes([0x47, 0x6b, 0x30, 0x01]): raise ValueError(f"half precision expected at byte {at}")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -334,10 +335,13 @@ class SwinBlock(nn.Module):
         return self.swin((self.skip(self.resample(x)) + h)*.5**.5)
 
 # %% ../nbs/10_nets.ipynb #10-nets-042
+def _bordered(x:Tensor, border:str)->Tensor: # a pixel more on every side, as a convolution's padding_mode has it
+    return F.pad(x, (1, 1, 1, 1), "constant" if border == "zeros" else border)
+
 class NearestConv(nn.Conv2d):
     "Larger by nearest neighbour, then a 3x3 convolution; twice as large is computed before the enlargement"
-    def __init__(self, channels:int, factor:int=2):
-        super().__init__(channels, channels, 3, padding=1)
+    def __init__(self, channels:int, factor:int=2, border:str="zeros"):
+        super().__init__(channels, channels, 3, padding=1, padding_mode=border)
         self.factor = factor
 
     def forward(self, x:Tensor)->Tensor:
@@ -347,7 +351,7 @@ class NearestConv(nn.Conv2d):
             first, mid, last = kernel.unbind(dim)
             return torch.stack([first, mid+last], dim), torch.stack([first+mid, last], dim)
         kernels = torch.cat([k for rows in split(self.weight, 2) for k in split(rows, 3)])
-        y = F.conv2d(x, kernels, self.bias.repeat(4), padding=1)
+        y = F.conv2d(_bordered(x, self.padding_mode), kernels, self.bias.repeat(4))
         out = torch.empty(b, n, 2*h, 2*w, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
         for k in range(4):
             i, j = divmod(k, 2)
@@ -426,15 +430,16 @@ class RRDBConfig:
     blocks:int = 6    # of three dense blocks each; Real-ESRGAN has 23
     emb:int = 32      # width of the noise embedding
     scale:int = 4     # upscaling factor
+    border:Literal["replicate", "zeros"] = "replicate" # what convolutions see beyond it; Real-ESRGAN sees zeros
     def __post_init__(self):
         check_scale(self.scale)
 
 class DenseBlock(nn.Module):
     "Five convolutions, each of which sees all before it"
-    def __init__(self, channels:int, growth:int):
+    def __init__(self, channels:int, growth:int, border:str):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels+i*growth, growth if i < 4 else channels, 3, padding=1)
-                                   for i in range(5))
+        ends = [(channels+i*growth, growth if i < 4 else channels) for i in range(5)]
+        self.convs = nn.ModuleList(nn.Conv2d(*o, 3, padding=1, padding_mode=border) for o in ends)
 
     def forward(self, x:Tensor)->Tensor:
         seen = [x]
@@ -443,7 +448,7 @@ class DenseBlock(nn.Module):
 
 class RRDB(nn.Sequential):
     "Three dense blocks around which the input is added once more"
-    def __init__(self, channels:int, growth:int): super().__init__(*(DenseBlock(channels, growth) for _ in range(3)))
+    def __init__(self, *shape): super().__init__(*(DenseBlock(*shape) for _ in range(3)))
     def forward(self, x:Tensor)->Tensor: return x + .2*super().forward(x)
 
 def _steps_of(scale:int)->list[int]: # its prime factors: 4 is twice 2
@@ -456,11 +461,11 @@ class RRDBNet(OneStep):
     of_state = "state", "embed", "modulate" # parts that a restorer does not use
     def __init__(self, config:RRDBConfig=RRDBConfig()):  # noqa: B008 (frozen)
         super().__init__()
-        self.config, c, f = config, config.channels, config.scale
-        self.first, self.body = (nn.Conv2d(n, c, 3, padding=1) for n in (3, c))
-        self.blocks = nn.ModuleList(RRDB(c, config.growth) for _ in range(config.blocks))
-        self.up = nn.ModuleList(NearestConv(c, n) for n in _steps_of(f))
-        self.full, self.last = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 3, 3, padding=1)
+        self.config, c, f, border = config, config.channels, config.scale, config.border
+        def conv(*ends): return nn.Conv2d(*ends, 3, padding=1, padding_mode=border)
+        self.first, self.body, self.full, self.last = conv(3, c), conv(c, c), conv(c, c), conv(c, 3)
+        self.blocks = nn.ModuleList(RRDB(c, config.growth, border) for _ in range(config.blocks))
+        self.up = nn.ModuleList(NearestConv(c, n, border) for n in _steps_of(f))
         self.state = nn.Conv2d(3*f*f, c, 3, padding=1, bias=False)
         self.embed = nn.Sequential(nn.Linear(2*16, config.emb), nn.SiLU())
         self.modulate = nn.Linear(config.emb, 2*c*config.blocks)
@@ -483,7 +488,8 @@ class RRDBNet(OneStep):
         for conv in self.up: h = F.leaky_relu(conv(h), .2, inplace=True)
         h = F.leaky_relu(self.full(h), .2, inplace=True)
         with torch.autocast(h.device.type, enabled=False): # bfloat16 would round to a level
-            return F.conv2d(h.float(), self.last.weight.float(), self.last.bias.float(), padding=1)
+            h = _bordered(h.float(), self.config.border)
+            return F.conv2d(h, self.last.weight.float(), self.last.bias.float())
 
     def features(self, x:Tensor, c_noise:Tensor, lq:Tensor)->Tensor:
         "The network's own part F (B,3,H,W)"
@@ -501,10 +507,11 @@ def pruned(
     net:RRDBNet,
     keep:Sequence[int], # blocks that stay, ascending
 )->RRDBNet:             # its own weights
-    "The same network with fewer blocks"
+    "The same network with fewer blocks, and borders that repeat"
     if not keep or list(keep) != sorted({*keep}) or not 0 <= keep[0] <= keep[-1] < len(net.blocks):
         raise ValueError(f"keep must name blocks 0 to {len(net.blocks)-1} in ascending order, each once, got {keep}")
-    small, state, c = RRDBNet(replace(net.config, blocks=len(keep))), net.state_dict(), 2*net.config.channels
+    config = replace(net.config, blocks=len(keep), border="replicate")
+    small, state, c = RRDBNet(config), net.state_dict(), 2*net.config.channels
     for n in list(state):
         if n.startswith("blocks."): del state[n]
         if n.startswith("modulate."): state[n] = torch.cat([state[n][k*c:(k+1)*c] for k in keep])

@@ -167,19 +167,19 @@ def test_records_are_of_the_shipped_weights(root):
     "What README and card say was measured on the weights that ship, and on no others"
     policy = from_pretrained("onestep", dtype=torch.bfloat16)
     def recorded(name): return json.loads((root/"nbs/_records"/name/"models.json").read_text())["onestep"]
-    for name in ("onestep_kodak", "onestep_held_out"): assert recorded(name) == fingerprint(policy)
-    with torch.no_grad(): policy.net.tail.bias[0] += 1e-3
-    assert fingerprint(policy) != recorded("onestep_kodak")
+    assert recorded("onestep_held_out") == fingerprint(policy)
+    with torch.no_grad(): policy.net.last.bias[0] += 1e-3
+    assert fingerprint(policy) != recorded("onestep_held_out")
 
 
 def test_shipped_network():
-    "Loads, is small, has seen no embedded photograph, and looks closer to the truth than bicubic"
+    "Loads, is small, has seen no held-out photograph, and looks closer to the truth than bicubic"
     folder = policy_folder("onestep")
     assert (folder/"model.safetensors").stat().st_size < 10e6 and (folder/"README.md").exists()
-    check_unseen("onestep", embedded_photos())
+    check_unseen("onestep", embedded_photos("held_out"))
     policy, ratio = from_pretrained("onestep"), []
     for p in embedded_photos("held_out")[:4]:
         lq, gt = make_pair(p, 192, RESSHIFT_TRAIN)
         sr, y = policy.sample(lq[None], [0])[0], bicubic(lq[None], gt.shape[-2:])
         ratio.append(score(ST_LPIPS_VGG, sr, gt)/score(ST_LPIPS_VGG, y, gt))
-    assert torch.cat(ratio).mean() < .9
+    assert torch.cat(ratio).mean() < .75
