@@ -400,7 +400,7 @@ def run_plan(
 )->int:                 # exit code
     "Say what a run needs on a card, before anything is downloaded"
     from srnb.backbones import hush, is_backbone
-    from srnb.train import PLAN_USAGE, BaseRun, CTMSRRun, plan_of, planned, presets, run_of
+    from srnb.train import PLAN_USAGE, BaseRun, CTMSRRun, DistilRun, plan_of, planned, presets, run_of
     hush()
     words, known = list(argv) or ["--help"], planned()
     is_run = words[0] in presets() or words[0].endswith(".json")
@@ -408,7 +408,7 @@ def run_plan(
     if not words or words[0].startswith("--") and words[0] != "--help": words.insert(0, "dp2o")
     read = partial(run_of, prog="srnb plan", usage=PLAN_USAGE, before=(*known, "FOLDER", "OWNER/NAME"))
     run = read(words[:1])
-    if isinstance(run, CTMSRRun):
+    if isinstance(run, CTMSRRun|DistilRun):
         raise Usage(f"srnb plan: {words[0]} trains a small network of its own and takes no backbone; plan another run")
     at, name = ("--", "--init") if isinstance(run, BaseRun) else ("--base.", "--base.backbone")
     given = [name, known[backbone].hub if backbone in known else backbone] if backbone else []

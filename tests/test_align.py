@@ -28,7 +28,9 @@ from srnb.curation import Group, finished_groups, read_group
 from srnb.data import embedded_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST
 from srnb.pairs import Draw, Hinge, Logistic, OnlineDraw, draw_loss, split_backward
-from srnb.policies import Policy, from_pretrained
+from srnb.nets import OneStepConfig, OneStepUNet
+from srnb.paths import Shift
+from srnb.policies import PixelCodec, Policy, from_pretrained, save_pretrained
 from srnb.rewards import Metric, Reward
 from srnb.runs import Base, Data, Judging, policy_of
 from srnb.spectral import SobolevEnergy, l2_energy
@@ -278,8 +280,13 @@ def test_safeguard_and_no_drift(config, tmp_path):
 @pytest.mark.parametrize("losers, link", [(Own(2, 4, 2, 2), Hinge(.01)), (Bottom(), Logistic(10.)), (Nobody(), None)],
                          ids=name)
 def test_one_step(config, tmp_path, losers, link):
-    "The shipped one-step network goes the same way, with one step of its sampler"
-    run = fill(config, dict(out=str(tmp_path/"run"), backbone="onestep", take=1, sample_steps=3))
+    "A one-step network that heeds its noise goes the same way, with one step of its sampler"
+    net, g = OneStepUNet(OneStepConfig((16, 16), (1, 1), 16, 8)), generator(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g)*(.4/p[0].numel()**.5 if p.ndim > 1 else .05))
+    save_pretrained(Policy(net, Shift(), Shift(), PixelCodec()), tmp_path/"one")
+    run = fill(config, dict(out=str(tmp_path/"run"), backbone=str(tmp_path/"one"), take=1, sample_steps=3))
     method, loop = Method(winners=Top(1), losers=losers, link=link), Loop(steps=2, lr=1e-3, save_every=2, log_every=1)
     out = align(replace(run, method=method, loop=loop))
     log, metrics = pd.read_parquet(out/"log.parquet"), read_run(out)[1]

@@ -22,6 +22,7 @@ from srnb.align import ASASR, DP2O, DRO, SFT, Run, Top
 from srnb.backbones import BackboneError, BackboneOptions, ControlledFlux, ControlledUNet, write_tiny
 from srnb.command import main
 from srnb.core import generator
+from srnb.distil import DistilRun
 from srnb.onestep import BaseRun, CTMSRRun
 from srnb.pairs import Pairs, draw_loss, draw_pairs
 from srnb.plan import (FLUX, GB, SD2, SDXL, DoesNotFit, Network, Tally, Training, adapt, asasr_layers, autocast, build,
@@ -328,11 +329,12 @@ def test_a_revision_is_planned_and_told_before_training(folders, tmp_path, monke
 @pytest.mark.parametrize("preset", presets())
 def test_every_known_name_plans_every_preset(preset, monkeypatch, capsys):
     seen, real = [], srnb.train.plan_of
-    def plan_of(*words): return real(*words) if isinstance(words[0], CTMSRRun) else seen.append(words) or "planned"
+    def plan_of(run, *more):
+        return real(run, *more) if isinstance(run, CTMSRRun|DistilRun) else seen.append((run, *more)) or "planned"
     monkeypatch.setattr(srnb.train, "plan_of", plan_of)
     at = "--" if preset == "base" else "--base."
     for name, architecture in planned().items():
-        if preset == "ctmsr":
+        if preset in ("ctmsr", "distil"):
             assert main(["plan", name, preset]) == 2 and "takes no backbone" in capsys.readouterr().err
             continue
         options = [f"{at}options.checkpointing"], [f"{at}precision", "no"]
