@@ -97,7 +97,7 @@ def test_killed_and_resumed(whole, config, tmp_path, deadly):
     assert calls == once # done: nothing runs
 
 
-@pytest.mark.slow # the same as in test_align.py, through the command line
+@pytest.mark.repeat # the same as in test_align.py, through the command line
 def test_kill_9(whole, config, tmp_path, forked):
     "The same through the command line, by SIGKILL while the bank is drawn and after a checkpoint"
     out, path = tmp_path/"killed", tmp_path/"config.json"

@@ -91,7 +91,7 @@ def test_parameters(command, root):
     assert options and options <= names
 
 
-@pytest.mark.slow # nbdev's way of running them is in test_notebooks.py
+@pytest.mark.repeat # nbdev's way of running them is in test_notebooks.py
 @pytest.mark.parametrize("command", PAPERMILL)
 def test_papermill(command, root, tmp_path, places, clean_env):
     env, small = dict(clean_env, IN_TEST="1"), ""
