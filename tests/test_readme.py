@@ -94,12 +94,17 @@ def test_parameters(command, root):
 @pytest.mark.repeat # nbdev's way of running them is in test_notebooks.py
 @pytest.mark.parametrize("command", PAPERMILL)
 def test_papermill(command, root, tmp_path, places, clean_env):
+    from srnb.data import embedded_photos
     env, small = dict(clean_env, IN_TEST="1"), ""
     if "-p backbone sd2" in command:
         small = f" -y 'backbones: {{sd2: {places['sd2']}}}' -p size 64 -p patch 64 -p sample_steps 2"
         shutil.copytree(places["controlnet"], tmp_path/"sd2-base"/"control") # what the command before it trains
     if "compare_upscalers" in command: # which in a test leaves the checkpoint out
         small, env = f" -p size 64 -p take 1 -p out {tmp_path}/compare", clean_env
+        unseen = tmp_path/"unseen" # by the networks that ship
+        unseen.mkdir()
+        for p in embedded_photos("held_out")[:2]: shutil.copy(p.path, unseen)
+        command = command.replace("path/to/folder", str(unseen))
     for name in ("path/to/folder", "path/to/others", "path/to/checkpoint.pth"):
         command = command.replace(name, places[name])
     run(command.replace("nbs/_runs/", f"{tmp_path}/") + small, root, env)

