@@ -509,6 +509,12 @@ def claim(run:Run, state)->Work|None: # None: it is done
         for model in outputs: model(work.crops[0].lq[None, :, :16, :16]) # a missing package is found out, too
         with torch.no_grad(): # a prompt that the network cannot read
             policy.encode(work.crops[0].lq[None].to(policy.device), text_ids([max(o.prompt for o in work.crops.held)]))
+        if run.m > 1 and isinstance(policy.path, Shift):
+            one, other = policy.sample(work.crops[0].lq[None], [0, 1], work.steps, work.sampler)[0]
+            if torch.equal(one, other):
+                raise ValueError(f"{run.base.backbone!r} answers without its noise, so that all of its M = {run.m} "
+                                 "samples are one picture and none is best: name a base that samples, or losers that "
+                                 "are Given")
         open_run(out, said, FREE) # the inputs are good: the folder is claimed
         work.keep()
     return work

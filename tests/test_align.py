@@ -294,6 +294,13 @@ def test_one_step(config, tmp_path, losers, link):
     assert "drift" not in log or (log.drift[0] == 0 and log.drift[1] > 0)
 
 
+def test_one_step_without_noise_ranks_nothing(config, tmp_path):
+    run = fill(config, dict(out=str(tmp_path/"run"), backbone="onestep", take=1))
+    with pytest.raises(ValueError, match="'onestep' answers without its noise.*Given"):
+        align(replace(run, method=Method(winners=Top(1), losers=Bottom(), link=Logistic(10.))))
+    assert not (tmp_path/"run").exists()
+
+
 # ---------------------------------------------------------------- killed and resumed
 
 @pytest.fixture(scope="module")

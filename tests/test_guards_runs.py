@@ -83,7 +83,7 @@ def matched(w):
 
 def distilled(w):
     crops = below("crops", dict(side=64, first=3, fresh=2, every=1, most=5, clean=.1, mild=.3))
-    pulls = {f"{o}.{k}": v for o in ("to_teacher", "to_truth") for k, v in (("l1", 1.), ("lpips", .3))}
+    pulls = {f"{o}.{k}": v for o in ("to_teacher", "to_truth") for k, v in (("l1", 1.), ("lpips", .3), ("lattice", .5))}
     return patches(w) | crops | pulls | dict(degradation="resshift_train", versions=0, patch=40, margin=4, window=32,
                                              teacher=w["onestep"], init=w["restorer"])
 
@@ -237,8 +237,8 @@ OWN = { # of one setting
         ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(3, "log policy"),
                                 every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
                                 mild=(.7, "log policy"), flat=(.9, "log policy"))) | below("to_teacher", dict(
-            l1=(.5, "log policy"), lpips=(.8, "log policy"))) | below("to_truth", dict(
-            l1=(.5, "log policy"), lpips=(.8, "log policy"))) | dict(
+            l1=(.5, "log policy"), lpips=(.8, "log policy"), lattice=(3., "log policy"))) | below("to_truth", dict(
+            l1=(.5, "log policy"), lpips=(.8, "log policy"), lattice=(3., "log policy"))) | dict(
         versions=(2, "!leave it 0"), max_side=(96, "log policy"), patch=(44, "log policy"), margin=(3, "log policy"),
         window=(36, "log policy", dict(margin=2)),
         teacher=(given("onestep2"), "log policy", {"to_truth.l1": 0., "to_truth.lpips": 0.}),
