@@ -274,7 +274,7 @@ def _quiet()->Iterator[None]: # the libraries' bars and remarks; what is wrong i
             o.set_verbosity(level)
 
 def load_model(
-    model:str|Path="onestep",     # "onestep", "small", "first", a folder that save_pretrained wrote, or a backbone
+    model:str|Path="onestep",     # "onestep", "small", a folder that save_pretrained wrote, or a backbone
     dtype:str|torch.dtype="auto", # "auto", or float32, bfloat16 or float16, as a name or as torch has it
     device:str|torch.device|None=None, # None: a GPU for a backbone if there is one, else the processor
     options=None,                 # BackboneOptions, of a backbone alone

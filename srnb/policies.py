@@ -404,8 +404,7 @@ def usual_dtype(
     return torch.float32
 
 # %% ../nbs/11_policies.ipynb #11-policies-038
-# what ships in srnb/weights; first is an earlier small, from which the study of all methods starts
-SHIPPED = ("small", "onestep", "first")
+SHIPPED = ("small", "onestep") # in srnb/weights
 
 def _trained_on(name:str)->tuple: # path and class of the codec that a policy.json means
     match name:

@@ -85,10 +85,9 @@ def test_misspelt_policy_file(field, message, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"): from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["small", "first"])
-def test_shipped_base(name, tmp_path):
+def test_shipped_base(tmp_path):
     "bf16 on disk, float32 in use, under its share of the package, finite and in range on a photograph of odd shape"
-    policy = from_pretrained(name)
+    policy = from_pretrained("small")
     folder = save_net(policy.net, tmp_path, torch.bfloat16)
     assert (folder/"model.safetensors").stat().st_size < 9e6
     with safe_open(folder/"model.safetensors", "pt") as f:
@@ -121,25 +120,23 @@ def test_a_policy_keeps_its_sampler(tmp_path):
         save_pretrained(Policy(toy(), sampler=mine), tmp_path/"q")
 
 
-@pytest.mark.parametrize("name", ["small", "first"])
-def test_shipped_base_has_not_seen_the_embedded_photographs(name):
+def test_shipped_base_has_not_seen_the_embedded_photographs():
     from srnb.policies import policy_folder
     from srnb.runs import check_unseen
-    assert len((policy_folder(name)/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
-    check_unseen(policy_folder(name), embedded_photos())
+    assert len((policy_folder("small")/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
+    check_unseen(policy_folder("small"), embedded_photos())
 
 
-@pytest.mark.parametrize("name", ["small", "first"])
-def test_a_bases_record_is_of_its_weights(name):
+def test_a_bases_record_is_of_its_weights():
     "Fingerprint and sampler, and two samples of one photograph drawn again"
     from srnb.core import project_root, read_run
     from srnb.curation import fingerprint, group_seeds
     from srnb.data import make_pair
     from srnb.degrade import RESSHIFT_TEST
     from srnb.rewards import PSNR_Y, score_group
-    config, metrics = read_run(project_root()/f"nbs/_records/base_{name}")
-    p, policy = config["params"], from_pretrained(name)
-    assert fingerprint(from_pretrained(name, dtype=torch.bfloat16)) == p["policy"]
+    config, metrics = read_run(project_root()/"nbs/_records/base_small")
+    p, policy = config["params"], from_pretrained("small")
+    assert fingerprint(from_pretrained("small", dtype=torch.bfloat16)) == p["policy"]
     assert policy.sampler.__name__ == p["sampler"]
     photo = next(o for o in embedded_photos("held_out") if o.id == p["ids"][0])
     lq, gt = make_pair(photo, p["size"], RESSHIFT_TEST)
@@ -158,7 +155,8 @@ def test_an_adapter_goes_onto_its_own_base_alone(tmp_path):
     load_adapter(from_pretrained("small", dtype=torch.bfloat16), tmp_path/"a") # the precision of arithmetic may differ
     again = from_pretrained("small")
     next(again.net.parameters()).data.mul_(1.01)
-    for other in (again, from_pretrained("onestep"), from_pretrained("first")):
+    shallower = from_pretrained(save_pretrained(Policy(toy()), tmp_path/"shallower"))
+    for other in (again, from_pretrained("onestep"), shallower):
         with pytest.raises(ValueError, match=f"was trained on small .*this is {other.name} .*its own base"):
             load_adapter(other, tmp_path/"a")
         assert not hasattr(other.net, "peft_config") # nothing was put on it
@@ -166,7 +164,8 @@ def test_an_adapter_goes_onto_its_own_base_alone(tmp_path):
 
 @pytest.mark.parametrize("name, said", [
     ("onestp", "no policy 'onestp': .*did you mean 'onestep'"), (".", "holds no policy"),
-    ("smal", "did you mean 'small'"), ("run", "run holds an adapter: name its base")])
+    ("smal", "did you mean 'small'"), ("first", "there is no such folder; there is small, onestep, a folder"),
+    ("run", "run holds an adapter: name its base")])
 def test_a_name_that_is_no_policy_is_answered_with_what_there_is(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"run"/"adapter").mkdir(parents=True)
