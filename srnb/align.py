@@ -513,8 +513,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
             one, other = policy.sample(work.crops[0].lq[None], [0, 1], work.steps, work.sampler)[0]
             if torch.equal(one, other):
                 raise ValueError(f"{run.base.backbone!r} answers without its noise, so that all of its M = {run.m} "
-                                 "samples are one picture and none is best: name a base that samples, or losers that "
-                                 "are Given")
+                                 "samples are one picture and none is best: name a base that samples")
         open_run(out, said, FREE) # the inputs are good: the folder is claimed
         work.keep()
     return work

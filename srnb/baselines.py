@@ -96,7 +96,7 @@ def read_weights(
 
 def spandrel_model(
     path:str|Path, # .safetensors or .pth of a network for colour images, of any scale from 1 to 8
-)->Callable[[Tensor], Tensor]: # lq (B,3,h,w) -> sr (B,3,H,W), on the device of lq; its `scale` says how large
+)->Callable[[Tensor], Tensor]: # lq (B,3,h,w) -> sr (B,3,H,W), on its device; with `scale`, and `sha256` of the file
     "A checkpoint of any architecture that spandrel knows, as a function"
     spandrel, state = import_package("spandrel"), read_weights(path)
     try:
@@ -112,6 +112,7 @@ def spandrel_model(
     model.eval()
     def upscale(lq:Tensor)->Tensor: return one_by_one(model.to(check_images(lq, "lq").device), lq)
     upscale.scale = model.scale
+    with open(path, "rb") as f: upscale.sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return upscale
 
 # %% ../nbs/09_baselines.ipynb #13-baselines-013

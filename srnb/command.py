@@ -142,6 +142,13 @@ def read_seeds(text:str)->list[int]: # of the command line
 
 _KEPT = "best", "mean", "all" # of several samples; room 61 has the first two
 
+class _Once(argparse.Action): # a second value would silently replace the first
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            raise Usage(f"{option_string} is given twice, and one adapter is taken: one that was trained upon others "
+                        "brings them")
+        setattr(namespace, self.dest, values)
+
 def _add_sampling(p:argparse.ArgumentParser, fix:str)->None: # what every command takes that samples
     p.add_argument("--strength", type=float, metavar="S",
         help="of an adapter, 0 to 2: 0 is its base, 1 (if not given) as it was trained; those below it keep theirs")
@@ -179,7 +186,9 @@ def upscale_parser()->argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME|FOLDER",
         help="onestep (default), small, the folder of a saved policy or of a run, or a backbone: a folder in "
              "diffusers' layout, or owner/name on the Hub")
-    p.add_argument("--adapter", metavar="FOLDER",
+    p.add_argument("--restorer", metavar="NAME|FILE",
+        help="on which the model stands, if that is no longer where its file says")
+    p.add_argument("--adapter", metavar="FOLDER", action=_Once,
         help="of an adapter, or of the run that trained one; without --model it is put on the base that it names")
     p.add_argument("--scale", type=int, metavar="N",
         help="how many times as long sides become: as the model says if not given; below that, results are reduced")
@@ -282,7 +291,8 @@ def _policy(args:argparse.Namespace): # the Policy that the command line names
         raise Usage(f"--control {args.control}: no such file or folder, nor owner/name on the Hub")
     model, options = _base(args)
     with _blaming(f"--model {model}"):
-        policy = load_model(model, args.dtype, args.device, options, [args.prompt] if args.prompt else [])
+        policy = load_model(model, args.dtype, args.device, options, [args.prompt] if args.prompt else [],
+                            getattr(args, "restorer", None))
     if args.adapter is not None:
         strength = 1. if args.strength is None else args.strength
         with _blaming(f"--adapter {args.adapter}"): load_adapter(policy, args.adapter, strength=strength)
@@ -350,7 +360,7 @@ def run_upscale(
     return 1 if failed else 0
 
 def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, int]])->list[str]: # what failed
-    from srnb.images import result_scale, write_upscaled
+    from srnb.images import KeepFails, result_scale, write_upscaled
     from srnb.paths import SAMPLERS
     from srnb.tiles import check_draws
     try: keep = _keep(args)
@@ -359,9 +369,10 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
     colour = _colour(args)
     with _blaming("--scale"): result_scale(policy, args.scale, tell)
     sampler = SAMPLERS.get(args.sampler)
-    if args.samples > 1:
+    if args.samples > 1 or len(args.seed) > 1:
+        asked = f"--samples {args.samples}" if args.samples > 1 else "--seed, several"
         try: check_draws(policy, args.steps, sampler, args.prompt)
-        except ValueError as e: raise Usage(f"--samples {args.samples}: {e}") from e
+        except ValueError as e: raise Usage(f"{asked}: {e}") from e
     waiting = sum(n for *_, n in todo) # pixels
     seconds, pixels, warm = 0., 0, False # what is done took, but for the first, which warms the model up
     for source, group in groupby(todo, lambda o: o[0]):
@@ -378,6 +389,7 @@ def _upscale_all(args:argparse.Namespace, todo:Sequence[tuple[Path, Path, int, i
                 warm = True
                 left = f", about {seconds/pixels*waiting:.0f} s left" if pixels and waiting else ""
                 tell(f"{done}/{len(todo)} {source} -> {target} ({w}x{h}, {took:.1f} s{left})")
+        except KeepFails as e: raise Usage(f"--keep {args.keep}: {e}") from e
         except Exception as e:
             failed.append(f"{source}: {reason(e)}")
             done, waiting = after, rest

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LUMA', 'PILLOW_MODES', 'Work', 'fill_hidden', 'of_array', 'of_tensor', 'Refused', 'jxl_form', 'bits_of',
            'check_pillow', 'from_cmyk', 'profile_of', 'dpi_of', 'of_pillow', 'Samples', 'mean', 'best', 'load_model',
-           'result_scale', 'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image',
+           'result_scale', 'KeepFails', 'upscale', 'ask_plugin', 'open_image', 'is_result', 'check_holds', 'save_image',
            'write_upscaled', 'upscale_file', 'policy_model']
 
 # %% ../nbs/61_images.ipynb #61-images-003
@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,6 +280,7 @@ def load_model(
     device:str|torch.device|None=None, # None: a GPU for a backbone if there is one, else the processor
     options=None,                 # BackboneOptions, of a backbone alone
     prompts:Sequence[str]=(),     # that will be asked for, of a backbone alone
+    restorer=None,                # on which it stands, if that is no longer where its file says
 )->Policy:
     "Read a policy; auto is bfloat16 where the processor has it, and on a GPU. A backbone: a folder, or owner/name"
     from srnb.backbones import BackboneOptions, is_backbone, load_backbone
@@ -286,6 +288,7 @@ def load_model(
     dtypes = {"auto": None, **{str(o).removeprefix("torch."): o for o in known}}
     if dtype not in (*dtypes, *dtypes.values()):
         raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype}")
+    if big and restorer is not None: raise ValueError("a backbone stands on no restorer: leave restorer out")
     if not big and (options or any(prompts)):
         raise ValueError("it is no backbone: it takes no prompt, control branch, guidance or tiled VAE")
     usual = "cuda" if big and torch.cuda.is_available() else "cpu"
@@ -295,7 +298,7 @@ def load_model(
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {device} cannot be used: {str(e).splitlines()[0]}") from e
     dtype = dtypes.get(dtype, dtype) or usual_dtype(device)
-    if not big: policy = from_pretrained(model, dtype=dtype, device=device)
+    if not big: policy = from_pretrained(model, dtype=dtype, device=device, restorer=restorer)
     else:
         options = options or BackboneOptions()
         with _quiet(): policy = load_backbone(model, options, dtype=dtype, device=device, prompts=prompts)
@@ -316,12 +319,20 @@ def result_scale(
     if scale < f and say is not None: say(f"the network enlarges {f} times; the result is reduced to {scale} times")
     return scale
 
+class KeepFails(ValueError): "A function that chooses among samples fails: it would for the next picture as well"
+
 def _kept(keep:Callable, samples:Samples, lq:Tensor)->Tensor: # (1,3,H,W) uint8
-    found, shape = keep(samples, lq), tuple(samples.stored[0].shape)
+    shape = tuple(samples.stored[0].shape)
+    try: found = keep(samples, lq)
+    except Exception as e:
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        raise KeepFails(f"keep, {getattr(keep, '__name__', keep)} in {Path(last.filename).name}, line {last.lineno}: "
+                        f"{type(e).__name__}: {e}") from e
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"keep must give one picture of shape {shape}, got {got}")
-    return to_bytes(check_images(found[None].cpu(), "what keep gives"))
+        raise KeepFails(f"keep must give one picture of shape {shape}, got {got}")
+    try: return to_bytes(check_images(found[None].cpu(), "what keep gives"))
+    except (TypeError, ValueError) as e: raise KeepFails(str(e)) from e
 
 def _run(work:Work, policy, seeds:Sequence[int], keep:Callable|None, tile:int|None, colour:Colour, steps:int|None,
          overlap:int, say:Callable, sampler:Callable|None=None, prompt:str="", scale:int|None=None,

@@ -232,8 +232,8 @@ class BaseRun(Patches):
             raise ValueError(f"BaseRun.restorer: {self.init} stands on its own restorer, or on none: leave restorer or "
                              "init out")
         if self.restorer: restorer_of(self.restorer, "BaseRun.restorer", self.net.scale)
-        if self.net.restored and not self.restorer:
-            raise ValueError("BaseRun.net.restored is set by naming a restorer: leave it out")
+        if self.net.restored:
+            raise ValueError("BaseRun.net.restored and features are set by naming a restorer: leave them out")
 
     @property
     def backbone(self)->bool: return self.init is not None and is_backbone(self.init)

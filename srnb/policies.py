@@ -9,6 +9,7 @@ __all__ = ['EMPTY', 'SHIPPED', 'ResidualCodec', 'PixelCodec', 'text_ids', 'Polic
            'drop_adapters', 'Restorer', 'restorer_of', 'stand_on']
 
 # %% ../nbs/11_policies.ipynb #11-policies-004
+import copy
 import hashlib
 import json
 import logging
@@ -337,6 +338,8 @@ def _add_copy(self,
     return _activate(self, name)
 
 def _add(self:Policy, config, name:str)->None:
+    if weak := [f"{n!r} has {o:g}" for n, o in self.strength.items() if n not in self.off]:
+        raise ValueError(f"an adapter is trained upon others at strength 1, and {weak[0]}: load that with strength 1")
     if hasattr(self.net, "peft_config"): self.net.add_adapter(name, config)
     else: self.net = _peft().get_peft_model(self.net, config, adapter_name=name)
 
@@ -459,7 +462,7 @@ def named_scale(
 )->int:            # 1 to 8
     "How many times a policy enlarges, as its file says; no weight is read"
     check_policy(name)
-    return json.loads((policy_folder(name)/"config.json").read_text())["scale"]
+    return json.loads((policy_folder(name)/"config.json").read_text()).get("scale", 4) # earlier files say none
 
 def from_pretrained(
     folder:str|Path="small",          # written by save_pretrained, or one of SHIPPED
@@ -484,6 +487,12 @@ def from_pretrained(
     policy.source, policy.name = folder, name
     return _on_its_own(policy, meta.get("restorer"), restorer)
 
+def _beside(folder:Path, name:str)->str: # of a restorer: from the working folder, or from a folder above the policy
+    file = Path(own_file(name) or name)
+    if name in SHIPPED or file.is_absolute() or file.exists(): return name
+    there = next((o for o in folder.resolve().parents if (o/file).exists()), None)
+    return name if there is None else str(there/name)
+
 def _on_its_own(policy:Policy, said:dict|None, given)->Policy: # upon the restorer that it was trained with
     folder = policy.source
     if not said:
@@ -492,8 +501,10 @@ def _on_its_own(policy:Policy, said:dict|None, given)->Policy: # upon the restor
     if given is None and said["name"] is None:
         raise ValueError(f"{folder} stands on a restorer without a name ({said['said']}): give it, "
                          "from_pretrained(..., restorer=...)")
-    try: stand_on(policy, said["name"] if given is None else given)
-    except (FileNotFoundError, ValueError) as e: raise ValueError(f"{folder} stands on a restorer: {e}") from e
+    try: stand_on(policy, _beside(folder, said["name"]) if given is None else given)
+    except (FileNotFoundError, TypeError, ValueError) as e:
+        raise ValueError(f"{folder} stands on a restorer ({said['said']}): {e}; where it has moved, give it: "
+                         "from_pretrained(..., restorer=...), or srnb upscale --restorer") from e
     if (found := policy.restorer.said) != said["said"]:
         raise ValueError(f"{folder} was trained upon the restorer {said['name'] or 'without a name'} ({said['said']}), "
                          f"and this one is {found}: give the one that it knows, or train a base on this one")
@@ -513,8 +524,11 @@ def base_print(
 )->str:            # 16 hexadecimal digits
     "What tells a base from others of its form: path, codec, and at most sixteen weights of every tensor, in bfloat16"
     said = repr((policy.trained_on, policy.codec)) + policy.parts
-    h = hashlib.blake2b(said.encode(), digest_size=8)
     weights = {bare_name(n): p.detach() for n, p in policy.net.state_dict().items() if bare_name(n)}
+    return _weights_print(weights, said)
+
+def _weights_print(weights:dict[str, Tensor], said:str="")->str:
+    h = hashlib.blake2b(said.encode(), digest_size=8)
     for n, p in sorted(weights.items()):
         some = p.flatten()[::max(1, -(-p.numel()//16))].float().bfloat16().float().cpu()
         h.update(f"{n} {tuple(p.shape)}".encode() + some.numpy().tobytes())
@@ -616,8 +630,8 @@ def _check_strength(folder:Path, strength:float, train:bool)->None: # of the ada
 
 @torch.no_grad()
 def _weaken(layer:nn.Module, name:str, strength:float)->None: # or strengthen
-    if hasattr(layer, "lora_A"): layer.scaling[name] *= strength
-    else:
+    if hasattr(layer, "lora_A"): layer.set_scale(name, strength) # of what it was trained with, not of what it is
+    elif strength != 1:
         before = dict(layer.original_module.named_parameters())
         for n, p in layer.modules_to_save[name].named_parameters(): p.copy_(before[n].float().lerp(p, strength))
 
@@ -653,10 +667,9 @@ def load_adapter(
         raise ValueError(f"{folder} does not fit this network: {len(odd)} weights have no partner, first {min(odd)}")
     policy.off = policy.off-{name} if on and strength else policy.off | {name}
     policy.strength.pop(name, None)
-    if strength != 1:
-        policy.strength[name] = strength
-        for _, layer in layers_of(policy.net):
-            if parts_of(layer, name): _weaken(layer, name, strength)
+    if strength != 1: policy.strength[name] = strength
+    for _, layer in layers_of(policy.net):
+        if parts_of(layer, name): _weaken(layer, name, strength) # also at 1: the name may have been there
     _activate(policy, name if train else None)
     return policy
 
@@ -679,37 +692,57 @@ class Restorer:
         name:str|None,      # by which it is found again; None: it has none
         said:str,           # what tells it from others
         own:Policy|None=None, # the policy that it is
+        where:str="restorer", # for errors: the field
     ):
         self.restore, self.name, self.said, self.own = restore, name, said, own
+        self.called = f"{where}: {name or said}"
         self.scale = self.features = 0 # `measured` looks
 
     @torch.no_grad()
     def __call__(self, lq:Tensor)->tuple[Tensor, Tensor|None]: # as `restore` gives them
-        "Its picture and its features, on the device of lq; a foreign function runs in float32"
+        "Its picture and its features, on the device of lq; a foreign function runs in float32, one picture at a time"
         if self.own:
             if self.own.device != lq.device: self.own.net.to(lq.device)
-            return self._pair(lq)
-        with torch.autocast(lq.device.type, enabled=False): return self._pair(lq.float())
+            return self._answer(lq)
+        with torch.autocast(lq.device.type, enabled=False):
+            found = [self._answer(lq[k:k+1].float().clone()) for k in range(len(lq))] # which may work in place
+        sr, features = zip(*found, strict=True)
+        return torch.cat(sr), None if features[0] is None else torch.cat(features)
 
-    def _pair(self, lq): return found if isinstance(found := self.restore(lq), tuple) else (found, None)
+    def _answer(self, lq): # looked at every time: what fits one picture may not fit another
+        n, (h, w) = len(lq), lq.shape[-2:]
+        try: found = self.restore(lq)
+        except (torch.OutOfMemoryError, MemoryError): raise
+        except Exception as e:
+            raise ValueError(f"{self.called} fails on a picture of {h}x{w}: {type(e).__name__}: {e}; it must take any "
+                             "size that the base takes") from e
+        sr, features = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        shape = tuple(sr.shape) if isinstance(sr, Tensor) else type(sr).__name__
+        s = self.scale or (shape[-1]//w if isinstance(shape, tuple) and shape else 0)
+        if not s or shape != (n, 3, s*h, s*w):
+            raise ValueError(f"{self.called} answers {(n, 3, h, w)} with {shape}, and must give a picture "
+                             f"(B,3,H,W){f', {s} times as large' if s else ''}, or that and its features (B,C,h,w)")
+        if not sr.isfinite().all() or sr.min() < -.1 or sr.max() > 1.1: # a tenth beyond is cut off
+            raise ValueError(f"{self.called} must answer in [0, 1], got values from {sr.min():.3g} to {sr.max():.3g}")
+        if features is not None:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            if not isinstance(got, tuple) or len(got) != 4 or (got[0], *got[2:]) != (n, h, w):
+                raise ValueError(f"features of {self.called} must lie on the grid of its input, (B,C,{h},{w}), "
+                                 f"got {got}")
+        return sr.detach().clamp(0, 1), None if features is None else features.detach()
 
     def __deepcopy__(self, memo): return self # frozen: nobody changes it
 
     def measured(self)->"Restorer":
-        "Ask for a small picture; ValueError unless the answer is one picture, larger by a whole number"
-        lq, called = quantize(torch.rand((1, 3, 16, 24), generator=generator(0))), self.name or "restorer"
-        sr, features = self(lq.to(self.own.device if self.own else "cpu"))
-        shape = tuple(sr.shape) if isinstance(sr, Tensor) else type(sr).__name__
-        scale = shape[-1]//24 if isinstance(shape, tuple) else 0
-        if not scale or shape != (1, 3, 16*scale, 24*scale):
-            raise ValueError(f"{called} answers a picture of shape {tuple(lq.shape)} with {shape}, which is no "
-                             "enlargement by a whole number")
-        if not sr.isfinite().all() or sr.min() < -.01 or sr.max() > 1.01:
-            raise ValueError(f"{called} must answer in [0, 1], got values from {sr.min():.3g} to {sr.max():.3g}")
-        if features is not None and features.shape[-2:] != lq.shape[-2:]:
-            raise ValueError(f"features of {called} must lie on the grid of its input {tuple(lq.shape[-2:])}, got "
-                             f"{tuple(features.shape)}")
-        self.scale, self.features = scale, 0 if features is None else features.shape[1]
+        "Ask twice for two small pictures; ValueError unless the answers are one, larger by a whole number"
+        step = self.own.stride//self.own.codec.factor if self.own else 1 # sides that the policy takes
+        h, w = (step*-(-n//step) for n in (16, 24))
+        lq = quantize(torch.rand((2, 3, h, w), generator=generator(0))).to(self.own.device if self.own else "cpu")
+        (sr, features), (again, _) = self(lq), self(lq)
+        if (sr-again).abs().max() > .01:
+            raise ValueError(f"{self.called} answers one picture differently each time, by up to "
+                             f"{(sr-again).abs().max():.2g}: it must be a function of its input")
+        self.scale, self.features = sr.shape[-1]//w, 0 if features is None else features.shape[1]
         return self
 
 def restorer_of(
@@ -728,33 +761,45 @@ def _found(of, where:str)->Restorer: # by its name, or from the thing
     name, found = (str(of), of) if isinstance(of, str|Path) else (getattr(of, "name", None), of)
     if isinstance(of, str|Path):
         if own_file(name): found = from_file(name, where)
-        elif Path(name).suffix.lower() in (".pth", ".safetensors"): return _checkpoint(Path(name))
+        elif Path(name).suffix.lower() in (".pth", ".safetensors"): found = spandrel_model(name)
         else:
-            check_policy(name, where)
+            try: check_policy(name, where)
+            except (FileNotFoundError, ValueError) as e:
+                raise type(e)(f"{e}; or a checkpoint (.pth, .safetensors), or path/to/file.py:NAME") from None
             found = from_pretrained(name)
-    if isinstance(found, Policy): return _policy_restorer(found, name)
-    if not callable(found):
-        raise TypeError(f"{where} must be a policy, a checkpoint or a function lq -> sr, got {type(of).__name__}")
+    if isinstance(found, Policy): return _policy_restorer(found, name, where)
+    if not callable(found) or isinstance(found, type):
+        got = f"the class {found.__name__}: give one of its kind" if isinstance(found, type) else type(found).__name__
+        raise TypeError(f"{where} must be a policy, a checkpoint or a function lq -> sr, got {got}")
+    kind = getattr(found, "__name__", type(found).__name__)
+    if isinstance(found, nn.Module):
+        found = copy.deepcopy(found).eval().requires_grad_(False) # frozen: the caller's own stays as it is
+        told = f"network {kind} {_weights_print(found.state_dict())}"
+    elif hasattr(found, "sha256"): told = f"checkpoint {found.sha256[:16]}"
+    else: told = f"function {kind}" # one of a session is known by no more than its name
     file = f", file {own_files(name)[name][:16]}" if name and own_file(name) else ""
-    return Restorer(found, name, f"function {getattr(found, '__name__', type(found).__name__)}{file}")
+    return Restorer(found, name, told+file, None, where)
 
-def _policy_restorer(policy:Policy, name:str|None)->Restorer:
-    if hasattr(policy.net, "peft_config"): raise ValueError("a restorer carries no adapters: merge or drop them")
-    if policy.restorer: raise ValueError("a restorer stands on no restorer of its own")
+def _policy_restorer(policy:Policy, name:str|None, where:str)->Restorer:
+    called = f"{where}: {name or 'the policy'}"
+    if hasattr(policy.net, "peft_config"): raise ValueError(f"{called} carries adapters: merge or drop them")
+    if policy.restorer: raise ValueError(f"{called} stands on a restorer itself: give one that stands on none")
+    if name is None: # the caller's own stays as it is
+        policy = copy.copy(policy)
+        policy.net = copy.deepcopy(policy.net)
     policy.net.requires_grad_(False).eval()
-    def sampled(lq): return policy.solve(lq, torch.zeros(len(lq), *policy.codec.shape(lq)))
-    return Restorer(getattr(policy.net, "restore", sampled), name, f"policy {base_print(policy)}", policy)
-
-def _checkpoint(path:Path)->Restorer:
-    restore = spandrel_model(path)
-    with open(path, "rb") as f: sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Restorer(restore, str(path), f"checkpoint {sha256[:16]}")
+    def sampled(lq): # by a sampler that draws no noise on its way
+        return policy.solve(lq, torch.zeros(len(lq), *policy.codec.shape(lq)), draw=torch.zeros_like)
+    return Restorer(getattr(policy.net, "restore", sampled), name, f"policy {base_print(policy)}", policy, where)
 
 def stand_on(
     policy:Policy, # whose network was made for it: `restored`, and as many features
     of,            # what `restorer_of` takes
 )->Policy:         # the same
-    "Put a base on a restorer"
+    "Put a base on a restorer; once"
+    if " upon " in policy.parts:
+        raise ValueError(f"{policy.name or 'this network'} stands upon{policy.parts.partition(' upon')[2]} already: "
+                         "read it anew with from_pretrained(..., restorer=...)")
     restorer, config = restorer_of(of, scale=policy.codec.factor), policy.net.config
     if not getattr(config, "restored", False):
         raise ValueError(f"{policy.name or 'this network'} was not made for a restorer: its config must say restored")

@@ -320,7 +320,8 @@ def _line_excess(power, line, near): # (B,H,W), (row, column), bins that neighbo
                      for k, r, n in zip(line, near, power.shape[1:], strict=True))
     around = torch.ones(len(rows), len(columns), dtype=torch.bool, device=power.device)
     around[near[0]-1:near[0]+2, near[1]-1:near[1]+2] = False # what the window spreads of the line itself
-    return power[:, line[0], line[1]]/power[:, rows][:, :, columns][:, around].median(1).values
+    floor = 1e-7*power.mean((1, 2)) # far below the rounding of 8-bit images; of computed ones the rounding of the DFT
+    return power[:, line[0], line[1]]/power[:, rows][:, :, columns][:, around].median(1).values.maximum(floor)
 
 def line_excess(
     images:Tensor,                 # (B,H,W) or (B,1,H,W), one plane an image; sides are multiples of every period
@@ -331,6 +332,7 @@ def line_excess(
     x = _planes(images, "images")
     if not periods or any(not isinstance(p, int) or p < 2 for p in periods):
         raise ValueError(f"periods must be whole numbers of pixels, at least 2, got {periods}")
+    if not 0 < near <= .25: raise ValueError(f"near must lie in (0, 0.25] cycles/pixel, got {near}")
     size, whole = x.shape[-2:], math.lcm(*periods)
     reach = tuple(round(near*n) for n in size)
     if any(n % whole for n in size) or near*min(size) < 4:
@@ -354,9 +356,10 @@ def flat_std(
     "Standard deviation inside the blocks in which the truth is flat, their variances averaged"
     x, y = _planes(images, "images"), _planes(truth, "truth")
     if x.shape != y.shape: raise ValueError(f"images {tuple(x.shape)} and truth {tuple(y.shape)} differ in shape")
-    if block < 2 or min(x.shape[-2:]) < block:
-        raise ValueError(f"block must lie in [2, {min(x.shape[-2:])}] pixels for images of "
+    if not most > 0: raise ValueError(f"most must be positive, got {most}")
+    if not isinstance(block, int) or block < 2 or min(x.shape[-2:]) < block:
+        raise ValueError(f"block must be a whole number in [2, {min(x.shape[-2:])}] pixels for images of "
                          f"{x.shape[-2]}x{x.shape[-1]}, got {block}")
     def variances(o): return o.unfold(1, block, block).unfold(2, block, block).flatten(3).var(-1).flatten(1)
     flat = variances(y) <= most**2
-    return ((variances(x)*flat).sum(1)/flat.sum(1)).sqrt() # 0/0 where there is none
+    return (variances(x).where(flat, 0.).sum(1)/flat.sum(1)).sqrt() # 0/0 where there is none

@@ -300,6 +300,6 @@ def plan_tiles(
     plans = [need(t) for t in wishes]
     for p in plans:
         if p.bytes < .9*free: return p
-    last, advice = plans[-1], "take smaller tiles or " if tile else ""
+    last, advice = plans[-1], "take smaller tiles or "*(tile is not None) + "take fewer samples or "*(samples > 1)
     raise DoesNotFit(f"{w}x{h} pixels need {last.bytes/1e9:.2f} GB in tiles of {last.tile}, and {free/1e9:.2f} GB are "
                      f"free; {advice}cut the image")

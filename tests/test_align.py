@@ -296,7 +296,7 @@ def test_one_step(config, tmp_path, losers, link):
 
 def test_one_step_without_noise_ranks_nothing(config, tmp_path):
     run = fill(config, dict(out=str(tmp_path/"run"), backbone="onestep", take=1))
-    with pytest.raises(ValueError, match="'onestep' answers without its noise.*Given"):
+    with pytest.raises(ValueError, match="'onestep' answers without its noise.*a base that samples"):
         align(replace(run, method=Method(winners=Top(1), losers=Bottom(), link=Logistic(10.))))
     assert not (tmp_path/"run").exists()
 

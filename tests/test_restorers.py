@@ -17,7 +17,7 @@ from srnb.distil import DistilRun, real_esrgan_net, train_distil
 from srnb.images import upscale
 from srnb.nets import RRDBConfig, RRDBNet, SmallUNet, UNetConfig, pruned
 from srnb.onestep import BaseRun, evaluate_base, train_base
-from srnb.paths import Shift
+from srnb.paths import Shift, sample_ddpm
 from srnb.policies import (PixelCodec, Policy, base_print, from_pretrained, load_adapter, restorer_of, save_adapter,
                            save_pretrained, stand_on)
 from srnb.runs import Base, Data, Judging, check_unseen
@@ -164,3 +164,110 @@ def test_a_distillation_goes_on_where_it_was_stopped(there, tmp_path, monkeypatc
     for o in ("crops/00000.safetensors", "crops/00001.safetensors", "policy/model.safetensors"):
         assert (whole/o).read_bytes() == (tmp_path/"cut"/o).read_bytes(), o
     check_unseen(whole/"policy", embedded_photos("held_out"))
+
+
+def larger(lq): return torch.nn.functional.interpolate(lq, scale_factor=4)
+
+
+class Moving(torch.nn.Module): # answers otherwise while it is trained
+    def __init__(self, seed=0):
+        super().__init__()
+        self.norm, self.last = torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)
+        with torch.no_grad(): self.last.weight.copy_(torch.rand(self.last.weight.shape, generator=generator(seed))/9)
+
+    def forward(self, lq): return larger(self.last(self.norm(lq))).clamp(0, 1)
+
+
+def test_a_foreign_restorer_sees_one_picture_of_its_own():
+    "It may index the first picture, and work in place"
+    def first(lq): return larger(lq[:1].mul_(.5))
+    lq = torch.rand(3, 3, 8, 8, generator=generator(0))
+    before, sr = lq.clone(), restorer_of(first)(lq)[0]
+    assert torch.equal(lq, before) and torch.equal(sr, larger(lq*.5))
+
+
+def test_a_network_as_restorer_is_frozen_and_the_caller_s_stays():
+    net = Moving().train()
+    restorer, lq = restorer_of(net), torch.rand(1, 3, 8, 8, generator=generator(0))
+    sr = restorer(lq)[0]
+    with torch.no_grad(): net.last.weight.add_(1)
+    assert torch.equal(restorer(lq)[0], sr) and net.training and net.last.weight.requires_grad
+    assert not net.norm.running_mean.any() and restorer.said != restorer_of(Moving(1)).said
+
+
+def test_a_policy_as_restorer_is_frozen_and_the_caller_s_stays():
+    policy = restoring()
+    restorer, lq = restorer_of(policy), torch.rand(1, 3, 8, 8, generator=generator(0))
+    sr = restorer(lq)[0]
+    with torch.no_grad(): policy.net.last.bias.add_(1)
+    assert torch.equal(restorer(lq)[0], sr) and policy.net.last.bias.requires_grad
+
+
+def test_a_restorer_with_a_large_stride_is_asked_for_what_it_takes():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        deep = Policy(SmallUNet(UNetConfig((8,)*5, (1,)*5, 8, 8, 1)))
+    assert deep.stride == 64 and restorer_of(deep).scale == 4
+    deep.sampler = sample_ddpm # noise on the way is none: the answer is a function of the input
+    assert restorer_of(deep).scale == 4
+
+
+def restless(lq, calls=[0]): # noqa: B006
+    calls[0] += 1
+    return larger(lq).mul(.1*(calls[0] % 3)+.5)
+
+
+def late(lq): return larger(lq) if lq.shape[-1] == 24 else larger(lq)*float("nan")
+def wide(lq): return larger(lq) if lq.shape[-1] == 24 else larger(lq)*255
+def broken(lq): raise KeyError("weights")
+def three(lq): return larger(lq), lq, lq
+def words(lq): return larger(lq), "features"
+def flat(lq): return larger(lq), lq[0]
+
+
+@pytest.mark.parametrize("of, named", [
+    (restless, "differently each time"), (broken, "broken fails on a picture of 16x24: KeyError: 'weights'"),
+    (three, "three answers .* with tuple"), (words, r"features of .*words.* got str"),
+    (flat, r"features of .*flat.* got \(3, 16, 24\)"), (Moving, "got the class Moving: give one of its kind")])
+def test_a_restorer_that_goes_wrong_is_named_at_once(of, named):
+    with pytest.raises((TypeError, ValueError), match=named): restorer_of(of)
+
+
+@pytest.mark.parametrize("of", [late, wide])
+def test_a_restorer_that_goes_wrong_later_is_named(of):
+    restorer = restorer_of(of)
+    with pytest.raises(ValueError, match=rf"function {of.__name__} must answer in \[0, 1\]"):
+        restorer(torch.rand(1, 3, 8, 8, generator=generator(0)))
+
+
+def test_a_base_stands_once(there):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = Policy(SmallUNet(replace(SHAPE, restored=True)))
+    stand_on(base, str(there/"mine.py:larger"))
+    with pytest.raises(ValueError, match="stands upon function larger.* already: read it anew"):
+        stand_on(base, str(there/"mine.py:other"))
+
+
+def test_a_restorer_is_found_beside_its_base(there, tmp_path, monkeypatch):
+    "From any working folder, as long as the two lie as they lay; where they do not, both remedies are named"
+    (tmp_path/"a/out").mkdir(parents=True)
+    (tmp_path/"a/mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path/"a")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = Policy(SmallUNet(replace(SHAPE, restored=True)))
+    save_pretrained(stand_on(base, "mine.py:larger"), "out/base")
+    monkeypatch.chdir(tmp_path)
+    assert from_pretrained("a/out/base").restorer.said == base.restorer.said
+    (tmp_path/"a/mine.py").rename(tmp_path/"a/other.py")
+    with pytest.raises(ValueError, match=r"no file at mine.py.*from_pretrained\(..., restorer=...\), or srnb upscale"):
+        from_pretrained("a/out/base")
+    again = from_pretrained("a/out/base", restorer=str(tmp_path/"a/other.py:larger"))
+    assert again.restorer.said == base.restorer.said
+
+
+def test_checkpoints_given_as_functions_are_told_apart(there):
+    from srnb.baselines import spandrel_model
+    a, b = (restorer_of(spandrel_model(there/f"x{n}.safetensors")).said for n in (2, 4))
+    assert a != b and "checkpoint" in a and b == restorer_of(str(there/"x4.safetensors")).said

@@ -106,7 +106,8 @@ def test_the_plan_counts_samples(monkeypatch):
     assert any(re.match(r"tiles: \d+/18, .* s left", o) for o in said[1:]), said
     monkeypatch.setattr("srnb.plan.free_memory", lambda: int(eight.bytes/.9)-1000)
     assert plan_tiles(p, (300, 400), 64, samples=7).tiles > 1
-    with pytest.raises(tiles.DoesNotFit, match="300 pixels need"): plan_tiles(p, (300, 400), 64, samples=8)
+    with pytest.raises(tiles.DoesNotFit, match="take fewer samples or cut the image"):
+        plan_tiles(p, (300, 400), samples=8)
 
 
 # What is kept
@@ -256,11 +257,17 @@ def test_what_is_done_stays(box, monkeypatch, capsys):
 
 def test_own_keep(box, capsys):
     save("a.png")
-    Path("mine.py").write_text("def last(samples, lq): return samples[-1]\n\ndef wrong(samples, lq): return lq\n")
+    Path("mine.py").write_text("def last(samples, lq): return samples[-1]\n\ndef wrong(samples, lq): return lq\n"
+                           "def bug(samples, lq):\n    return {}['weights']\n")
     assert main(["upscale", "a.png", "-o", "b.png", "--samples", "3", "--keep", "mine.py:last"]) == 0
     assert torch.equal(read_image("b.png"), upscale(read_image("a.png"), quick, 2))
-    assert main(["upscale", "a.png", "-o", "c.png", "--samples", "3", "--keep", "mine.py:wrong"]) == 1
-    assert "keep must give one picture of shape (3, 36, 52)" in capsys.readouterr().err
+    for name, text in (("wrong", " must give one picture of shape (3, 36, 52)"),
+                       ("bug", ", bug in mine.py, line 5: KeyError: 'weights'")):
+        save("d/b.png")
+        save("d/c.png")
+        assert main(["upscale", "d", "-o", "e", "--samples", "3", "--keep", f"mine.py:{name}"]) == 2
+        err = capsys.readouterr().err # at the first picture, not once for each
+        assert err.count(f"--keep mine.py:{name}: keep{text}") == 1, err
 
 
 def test_mistakes(box, capsys, monkeypatch):
@@ -276,7 +283,8 @@ def test_mistakes(box, capsys, monkeypatch):
             (["--samples", "2", "--keep", "own.py"], "--keep own.py: say which function of the file, by own.py:NAME"),
             (["--samples", "2", "--keep", "own.py:f"], "--keep: own.py has no 'f'"),
             (["--samples", "2", "--keep", "own.py:number"], "--keep own.py:number: no function, but 3"),
-            (["--samples", "2", "--keep", "none.py:f"], "--keep: no file at none.py")):
+            (["--samples", "2", "--keep", "none.py:f"], "--keep: no file at none.py"),
+            (["--adapter", "a", "--adapter", "b"], "--adapter is given twice, and one adapter is taken")):
         assert main(["upscale", "a.png", "-o", "out", *more]) == 2, more
         assert text in capsys.readouterr().err, more
     assert main(["upscale", "a.png", "-o", ".", "--samples", "2", "--keep", "all"]) == 1 # somebody else's, too small
@@ -286,6 +294,8 @@ def test_mistakes(box, capsys, monkeypatch):
     monkeypatch.setattr(images, "load_model", lambda *a: Still())
     assert main(["upscale", "a.png", "-o", "out", "--samples", "2"]) == 2
     assert "--samples 2: every sample would be the same" in capsys.readouterr().err
+    assert main(["upscale", "a.png", "-o", "out", "--seed", "1,2"]) == 2
+    assert "--seed, several: every sample would be the same" in capsys.readouterr().err
     assert files(box) == before
 
 

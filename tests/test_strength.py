@@ -125,8 +125,7 @@ def test_not_trained_nor_written(adapter, tmp_path):
         load_adapter(toy(), adapter[0], train=True, strength=.5)
     policy = load_adapter(toy(), adapter[0], strength=.5)
     with pytest.raises(ValueError, match="strength 0.5.*copy the folder"): save_adapter(policy, tmp_path/"b")
-    policy.add_lora(2, name="upon")
-    with pytest.raises(ValueError, match="'policy' has strength 0.5"): save_adapter(policy, tmp_path/"b", "upon")
+    with pytest.raises(ValueError, match="'policy' has 0.5: load that with strength 1"): policy.add_lora(2, name="upon")
     assert not (tmp_path/"b").exists()
 
 
@@ -166,3 +165,13 @@ def test_command(tmp_path, tiny, monkeypatch, capsys):
                        (["--adapter", "adapter", "--strength", "x"], "invalid float")):
         assert main([*line, "c.png", *more]) == 2 and not Path("c.png").exists()
         assert text in capsys.readouterr().err
+
+
+def test_strength_is_set_and_not_multiplied(adapter):
+    "A name that is there is read anew"
+    folder, wanted = adapter
+    policy = load_adapter(toy(), folder, strength=.5)
+    half = answer(policy)
+    for s in (0, .5, 2, .5): load_adapter(policy, folder, strength=s)
+    assert torch.equal(answer(policy), half) and policy.strength == {"policy": .5}
+    assert torch.equal(answer(load_adapter(policy, folder)), wanted) and not policy.strength and not policy.off
