@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lattice_of', 'real_esrgan_net', 'Crops', 'damaged_as', 'turned', 'TaughtPool', 'Pull', 'DistilRun', 'distil_loss',
-           'teacher_of_name', 'train_distil']
+           'teacher_of_name', 'check_scales', 'side_of_crops', 'train_distil']
 
 # %% ../nbs/44_distil.ipynb #44-distil-004
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from .degrade import RESSHIFT_TEST, RESSHIFT_TRAIN, Degradation, degradation_nam
 from .nets import RRDBConfig, RRDBNet, pruned
 from .onestep import Patches, train_network
 from .paths import Shift
-from .policies import PixelCodec, Policy, Restorer, restorer_of
+from .policies import PixelCodec, Policy, Restorer, input_grid, restorer_of
 from .rewards import drop_scorers, st_lpips_loss
 from .runs import is_done, photos_in, record_of, seen_by, trained_on
 from .training import Loop, fit, processes, refuse_fsdp
@@ -64,24 +65,26 @@ def real_esrgan_net()->RRDBNet:
 @dataclass(frozen=True)
 class Crops(Checked):
     "Damaged crops that a teacher has restored"
-    side:int = 256    # of a crop, pixels of the photograph
+    side:int = 256    # of a crop, pixels of the photograph; rounded down to a multiple of the scale
     first:int = 300   # crops before training starts
     fresh:int = 60    # that are added
     every:int = 100   # steps
-    most:int = 4000   # that are kept
-    clean:float = .12 # share that is made smaller and not damaged
-    mild:float = .4   # share damaged as ResShift's test set is; the rest as the run's degradation says
+    most:int = 4000   # in use, or by a file more: the oldest file goes as soon as newer ones hold so many
+    clean:float = .12 # share that is made smaller and not damaged; not of ready pairs, which bring their own lq
+    mild:float = .4   # share damaged as ResShift's test set is, the rest as the run says; not of ready pairs
     flat:float = .03  # share that is one colour, whose restored picture is that colour
     def check(self):
         self.at_least(1, "side", "first", "fresh", "every", "most")
+        if self.most < self.first:
+            raise ValueError(f"Crops.most must be at least first = {self.first}, got {self.most}")
         if not 0 <= self.flat <= 1: raise ValueError(f"Crops.flat must lie in [0, 1], got {self.flat}")
         if not (0 <= self.clean and 0 <= self.mild and self.clean+self.mild <= 1):
             raise ValueError(f"Crops.clean and Crops.mild are shares of one whole, got {self.clean} and {self.mild}")
 
     def numbers(self, step:int)->list[int]: # of the files that are in use
-        "The newest files that together hold `most` crops"
-        newest = step//self.every
-        return list(range(max(0, newest-max(0, (self.most-self.first)//self.fresh)), newest+1))
+        "The fewest newest files that together hold `most` crops; all, while they hold fewer"
+        newest, enough = step//self.every, -(-self.most//self.fresh) # files of fresh crops; the first stays till then
+        return list(range(max(0, newest-enough+1), newest+1))
 
 def damaged_as(
     crops:Crops,
@@ -106,31 +109,79 @@ class TaughtPool:
     "Patches of damaged crops, of the teacher's pictures and of the photographs"
     def __init__(self,
         photos:PatchPool,   # with `versions=0`
-        teacher:Callable,   # lq (1,3,h,w) -> sr (1,3,H,W), [0, 1]
+        teacher:Callable|None, # lq (1,3,h,w) -> sr (1,3,H,W), [0, 1]; None: the photographs stand in its place
         crops:Crops,
         folder:Path,        # for the files; processes share it
         seed:int,
+        called:str="the teacher", # for errors
+        side:int|None=None, # of a crop, a multiple of the scale; None: the largest in `crops.side`
+        back:int=0,         # steps that a run may go back, for which it finds its files
     ):
-        self.photos, self.teacher, self.crops = photos, teacher, crops
-        self.folder, self.seed, self.held = folder, seed, {}
+        self.photos, self.teacher, self.crops, self.called, self.back = photos, teacher, crops, called, back
+        self.folder, self.seed, self.held, self.oldest = folder, seed, {}, 0
+        self.side = side or crops.side//photos.scale*photos.scale
+
+    def locked(self)->FileLock:
+        "While one process reads, makes or deletes files, the others wait"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder/".lock")
+
+    def shown(self,
+        lq:Tensor, # (3,h,w)
+    )->Tensor:     # (1,3,H,W), [0, 1]
+        "The teacher's picture of a crop; ValueError unless it is one"
+        sr, want = self.teacher(lq[None]).float(), (1, 3, *(self.photos.scale*n for n in lq.shape[-2:]))
+        if sr.shape != want:
+            raise ValueError(f"{self.called} answers a crop of shape {(1, *lq.shape)} with {tuple(sr.shape)}, and must "
+                             f"answer with {want}: name a teacher of scale {self.photos.scale}")
+        if odd := int((~sr.isfinite()).sum()):
+            raise ValueError(f"{self.called} gave values that are not finite ({odd} of {sr.numel()}, NaN or infinite) "
+                             "for a crop: name another teacher")
+        if sr.min() < -.01 or sr.max() > 1.01:
+            raise ValueError(f"{self.called} gave values from {sr.min():.4g} to {sr.max():.4g} for a crop, and a "
+                             "picture lies in [0, 1]: clamp them, or name another teacher")
+        return sr.clamp(0, 1)
+
+    def read(self,
+        path:Path,
+        n:int,     # crops that it must hold
+    )->dict[str, Tensor]|None: # None: it is not there, or damaged
+        "What a file holds"
+        if not path.is_file(): return None
+        sides = dict(lq=self.side//self.photos.scale, taught=self.side, gt=self.side)
+        want = {k: (torch.uint8, n, 3, o, o) for k, o in sides.items()}
+        try: found = load_file(path)
+        except SafetensorError: found = {}
+        if {k: (o.dtype, *o.shape) for k, o in found.items()} == want: return found
+        print(f"{path} is damaged: it is made again", flush=True)
+        return None
 
     def made(self, k:int)->dict[str, Tensor]: # lq, taught, gt (N,3,.,.) uint8
         "File number k; whoever comes first makes it"
         path, c = self.folder/f"{k:05d}.safetensors", self.crops
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                g = generator(seed_of(self.seed, "crops", k))
-                lq, gt, _ = self.photos.patches(c.fresh if k else c.first, c.side, g)
-                taught = [self.teacher(o[None]) for o in progress(lq, "crops shown to the teacher")]
-                taught = torch.cat(taught).float().clamp(0, 1)
-                flat = (torch.rand(len(lq), generator=g) < c.flat)[:, None, None, None]
-                colour = torch.randint(256, (len(lq), 3, 1, 1), generator=g)/255
-                noisy = (colour + torch.randint(-1, 2, lq.shape, generator=g)/255).clamp(0, 1)
-                lq, taught, gt = (torch.where(flat, a, b) for a, b in ((noisy, lq), (colour, taught), (colour, gt)))
-                tensors = dict(lq=to_bytes(lq), taught=to_bytes(taught), gt=to_bytes(gt))
-                replace_file(path, lambda tmp: save_file(tensors, tmp))
-        return load_file(path)
+        n = c.fresh if k else c.first
+        with self.locked():
+            if found := self.read(path, n): return found
+            g = generator(seed_of(self.seed, "crops", k))
+            lq, gt, _ = self.photos.patches(n, self.side, g)
+            taught = gt
+            if self.teacher: taught = torch.cat([self.shown(o) for o in progress(lq, "crops shown to the teacher")])
+            flat = (torch.rand(n, generator=g) < c.flat)[:, None, None, None]
+            colour = torch.randint(256, (n, 3, 1, 1), generator=g)/255
+            noisy = (colour + torch.randint(-1, 2, lq.shape, generator=g)/255).clamp(0, 1)
+            lq, taught, gt = (torch.where(flat, a, b) for a, b in ((noisy, lq), (colour, taught), (colour, gt)))
+            tensors = dict(lq=to_bytes(lq), taught=to_bytes(taught), gt=to_bytes(gt))
+            replace_file(path, lambda tmp: save_file(tensors, tmp))
+            return tensors
+
+    def forget(self, step:int)->None:
+        "Delete the files that no step needs from `back` steps before this one on; who needs one makes it again"
+        oldest = self.crops.numbers(max(0, step-self.back))[0]
+        if oldest == self.oldest: return
+        with self.locked():
+            for path in self.folder.glob("*.safetensors"):
+                if path.stem.isdigit() and int(path.stem) < oldest: path.unlink(missing_ok=True)
+        self.oldest = oldest
 
     def patches(self,
         step:int,       # of training, which says what is in use
@@ -140,8 +191,9 @@ class TaughtPool:
     )->tuple[Tensor, Tensor, Tensor]: # lq (n,3,p/s,p/s), taught and gt (n,3,p,p), [0, 1]
         "Random patches of the crops that are in use at this step"
         numbers, s, out = self.crops.numbers(step), self.photos.scale, []
-        for k in {*numbers} - {*self.held}: self.held[k] = self.made(k)
+        for k in sorted({*numbers} - {*self.held}): self.held[k] = self.made(k)
         for k in {*self.held} - {*numbers}: del self.held[k]
+        self.forget(step)
         for u, a, b in torch.rand(n, 3, generator=draws, dtype=torch.float64).tolist():
             at = int(u*sum(len(self.held[k]["lq"]) for k in numbers))
             for k in numbers:
@@ -163,20 +215,23 @@ class Pull(Checked):
     lattice:float = 0.  # weight of the mean absolute lattice of the error
     def check(self): self.at_least(0, "l1", "lpips", "lattice")
 
+    @property
+    def on(self)->bool: return bool(self.l1 or self.lpips or self.lattice) # whether it draws at all
+
 @dataclass(frozen=True)
 class DistilRun(Patches):
     "A small restorer from a large one"
-    degradation:Degradation|Callable = RESSHIFT_TRAIN # settings, or a function (gt, generator, scale) -> lq
+    degradation:Degradation|Callable = RESSHIFT_TRAIN # or (gt, generator, scale) -> lq; unused for ready pairs
     versions:int = 0                        # every crop is damaged anew
     patch:int = 144                         # pixels of a training patch
     batch:int = 8                           # patches of a micro-batch
-    teacher:str = "real_esrgan"             # that, a policy, a checkpoint, or `file.py:NAME`: lq -> sr
+    teacher:str = "real_esrgan"             # that, a policy, a checkpoint, or `file.py:NAME`: lq -> sr; see to_teacher
     keep:tuple[int, ...] = (0, 1, 2, 3, 4, 22) # blocks of Real-ESRGAN that stay, where there is no init
     crops:Crops = Crops()
-    to_teacher:Pull = Pull()
+    to_teacher:Pull = Pull()                # with all weights zero nobody asks the teacher
     to_truth:Pull = Pull(0., 0.)
     margin:int = 16                         # pixels at a patch's border that no loss sees
-    window:int = 96                         # pixels of a patch that ST-LPIPS sees
+    window:int = 96                         # pixels of a patch that ST-LPIPS sees, where a weight asks for it
     loop:Loop = Loop(lr=2e-4, steps=3000, warmup=50, decay=.2, ema=.998, save_every=250, log_every=25)
     def check(self):
         super().check()
@@ -187,12 +242,16 @@ class DistilRun(Patches):
             raise ValueError(f"DistilRun.keep = {self.keep} is of Real-ESRGAN's blocks, and init brings its own: leave "
                              "one out")
         inner = self.patch - 2*self.margin
-        if not 32 <= self.window <= inner:
+        if inner < 1: raise ValueError(f"margin must be below half of patch = {self.patch}, got {self.margin}")
+        if sum(self.weights(1)) and not 32 <= self.window <= inner:
             raise ValueError(f"window must lie in [32, patch - 2*margin = {inner}], got {self.window}")
         if self.patch > self.crops.side:
             raise ValueError(f"patch must be at most crops.side = {self.crops.side}, got {self.patch}")
-        if not sum(sum(self.weights(k)) for k in range(3)):
+        if not (self.to_teacher.on or self.to_truth.on):
             raise ValueError("all weights of to_teacher and to_truth are zero: nothing would be trained")
+        if not self.to_teacher.on and self.teacher != type(self).teacher:
+            raise ValueError(f"DistilRun.teacher = {self.teacher!r} has no effect, because all weights of to_teacher "
+                             "are zero: leave teacher out, or give to_teacher a weight")
 
     def weights(self, k:int)->tuple[float, float]: # of the teacher's and the truth's l1 (0), lpips (1) or lattice (2)
         return tuple((o.l1, o.lpips, o.lattice)[k] for o in (self.to_teacher, self.to_truth))
@@ -215,7 +274,8 @@ def distil_loss(
         apart = [(sr-o).abs().mean((1, 2, 3)) for o in targets]
         grids = [lattice_of(sr-o, pool.photos.scale).abs().mean((1, 2, 3)) for o in targets]
         values = sum(w*o for w, o in zip((*run.weights(0), *run.weights(2)), (*apart, *grids), strict=True))
-        logs = dict(l1_teacher=apart[0].mean().item(), l1_truth=apart[1].mean().item(), lattice=grids[1].mean().item())
+        logs = dict(l1_teacher=apart[0].mean().item()) if run.to_teacher.on else {}
+        logs |= dict(l1_truth=apart[1].mean().item(), lattice=grids[1].mean().item())
         if lpips is None: return values, logs
         (a, b), top, left = run.weights(1), *torch.randint(inner-run.window+1, (2,), generator=g).tolist()
         first = (torch.rand(len(lq), generator=g) < a/(a+b)).to(lq.device) # whose target is the teacher's picture
@@ -225,32 +285,83 @@ def distil_loss(
         return values + (a+b)*far, logs | dict(lpips=far.mean().item())
     return loss
 
-def teacher_of_name(name:str)->Callable: # lq (1,3,h,w) -> sr (1,3,H,W)
-    "The teacher that a run names"
-    if name == "real_esrgan":
-        net = real_esrgan_net().to(memory_format=torch.channels_last)
-        return Restorer(net.restore, name, name)
-    return restorer_of(name, "DistilRun.teacher")
+def teacher_of_name(
+    name:str,
+    scale:int, # of the student
+)->Restorer:
+    "The teacher that a run names, shown a small crop; ValueError unless it enlarges as the student does"
+    where = "DistilRun.teacher"
+    try:
+        if name == "real_esrgan":
+            net = real_esrgan_net().to(memory_format=torch.channels_last)
+            teacher = Restorer(net.restore, name, name).measured()
+        else: teacher = restorer_of(name, where)
+    except Exception as e: # it may be a function of the reader's own
+        if str(e).startswith(where): raise
+        raise ValueError(f"{where}: {name}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if teacher.scale != scale:
+        raise ValueError(f"{where}: {name} enlarges {teacher.scale} times, and the student {scale} times: name a "
+                         "teacher of the student's scale")
+    return teacher
+
+def check_scales(
+    run:DistilRun,
+    scale:int, # of the student
+)->None:
+    "Raise unless the losses of a run have something to look at"
+    if (inner := run.patch-2*run.margin) < scale:
+        raise ValueError(f"patch - 2*margin must be at least the scale {scale}, got {inner}: take a larger patch, or a "
+                         "smaller margin")
+    if scale == 1 and any(run.weights(2)):
+        name = "to_teacher" if run.to_teacher.lattice else "to_truth"
+        raise ValueError(f"DistilRun.{name}.lattice trains nothing at scale 1, where the period of a lattice is one "
+                         "pixel: leave it 0")
+
+def side_of_crops(
+    run:DistilRun,
+    pool:PatchPool,        # its photographs, of the student's scale
+    teacher:Restorer|None,
+)->int:                    # pixels
+    "The largest side within `crops.side` that student and teacher can take; ValueError unless photographs hold it"
+    grid, most = pool.scale*(input_grid(teacher.own) if teacher and teacher.own else 1), run.crops.side
+    if (side := most//grid*grid) < run.patch:
+        raise ValueError(f"DistilRun.crops.side = {most} leaves {side} pixels, a multiple of {grid} as student and "
+                         f"teacher need it, and at least patch = {run.patch} are needed: take larger crops or a "
+                         "smaller patch")
+    H, W = pool.gt[pool.smallest].shape[1:]
+    if side > min(H, W):
+        raise ValueError(f"DistilRun.crops.side = {most}: photograph {pool.ids[pool.smallest]!r} has {H}×{W} pixels in "
+                         f"the pool, less than a crop of {side}×{side}: take a smaller crops.side, or leave it out")
+    return side
 
 def train_distil(
     run:DistilRun,
 )->Path:          # the run's folder; the policy is in its folder `policy`
     "Distil a restorer; resumes, and says so if it is already done"
     out, photos = Path(run.out), photos_in(run.photos, "train")
-    processes(run.loop)
+    state = processes(run.loop)
     refuse_fsdp()
-    teacher = teacher_of_name(run.teacher)
     def new(): return Policy(pruned(real_esrgan_net(), run.keep), Shift(), Shift(), PixelCodec())
     policy = run.policy(new)
     if not isinstance(policy.path, Shift): raise ValueError(f"init = {run.init!r} is no one-step network: name one")
-    said = record_of(run, trained_on=trained_on(photos), teacher=teacher.said)
+    scale = policy.codec.factor
+    check_scales(run, scale)
+    teacher = teacher_of_name(run.teacher, scale) if run.to_teacher.on else None
+    said = record_of(run, trained_on=trained_on(photos), **(dict(teacher=teacher.said) if teacher else {}))
     if is_done(out, said, "policy/policy.json"): return out
     drop_scorers()
     for part in getattr(policy.net, "of_state", ()): getattr(policy.net, part).requires_grad_(False)
-    pool = PatchPool(photos, damaged_as(run.crops, run.degradation), 0, run.max_side, policy.codec.factor)
+    if (ready := sum(p.lq is not None for p in photos)) and state.is_main_process:
+        print(f"{ready} of {len(photos)} photographs are ready pairs: degradation, crops.clean and crops.mild are not "
+              "used for them", flush=True)
+    pool = PatchPool(photos, damaged_as(run.crops, run.degradation), 0, run.max_side, scale)
+    side = side_of_crops(run, pool, teacher)
     def taught(lq):
         with policy.autocast(): return teacher(lq)[0]
     lpips = st_lpips_loss() if sum(run.weights(1)) else None
-    crops = TaughtPool(pool, taught, run.crops, out/"crops", run.seed)
+    crops = TaughtPool(pool, taught if teacher else None, run.crops, out/"crops", run.seed,
+                       f"DistilRun.teacher: {run.teacher}", side, run.loop.save_every)
     def learn(): return fit(policy, distil_loss(crops, policy, run, lpips), run.loop, out)[1]
-    return train_network(run, said, policy, {p.sha256 for p in photos} | seen_by(run.init, policy), learn)
+    seen = {p.sha256 for p in photos} | seen_by(run.init, policy)
+    if teacher and teacher.own: seen |= seen_by(run.teacher, teacher.own) # through it the student has seen them too
+    return train_network(run, said, policy, seen, learn)

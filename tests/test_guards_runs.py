@@ -82,7 +82,7 @@ def matched(w):
 
 
 def distilled(w):
-    crops = below("crops", dict(side=64, first=3, fresh=2, every=1, most=5, clean=.1, mild=.3))
+    crops = below("crops", dict(side=64, first=2, fresh=3, every=1, most=5, clean=.1, mild=.3))
     pulls = {f"{o}.{k}": v for o in ("to_teacher", "to_truth") for k, v in (("l1", 1.), ("lpips", .3), ("lattice", .5))}
     return patches(w) | crops | pulls | dict(degradation="resshift_train", versions=0, patch=40, margin=4, window=32,
                                              teacher=w["onestep"], init=w["restorer"])
@@ -234,7 +234,7 @@ OWN = { # of one setting
         "net.features": (8, "!set restored"),
         "net.mean_channels": (16, "policy"), "net.mean_blocks": (2, "policy"), "net.scale": (2, "policy")},
     "distil": {k: v for k, v in PATCHES.items() if not k.startswith("net.")} | looped("loop", "policy", "log", "kept"
-        ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(3, "log policy"),
+        ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(2, "log policy"),
                                 every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
                                 mild=(.7, "log policy"), flat=(.9, "log policy"))) | below("to_teacher", dict(
             l1=(.5, "log policy"), lpips=(.8, "log policy"), lattice=(3., "log policy"))) | below("to_truth", dict(
