@@ -83,7 +83,8 @@ def matched(w):
 
 def distilled(w):
     crops = below("crops", dict(side=64, first=2, fresh=3, every=1, most=5, clean=.1, mild=.3))
-    pulls = {f"{o}.{k}": v for o in ("to_teacher", "to_truth") for k, v in (("l1", 1.), ("lpips", .3), ("lattice", .5))}
+    pull = dict(l1=1., lpips=.3, lattice=.5, flat=.5)
+    pulls = below("to_teacher", pull) | below("to_truth", pull)
     return patches(w) | crops | pulls | dict(degradation="resshift_train", versions=0, patch=40, margin=4, window=32,
                                              teacher=w["onestep"], init=w["restorer"])
 
@@ -183,6 +184,7 @@ PATCHES = dict( # of a network trained from patches
     max_side=(64, "log policy"), patch=(24, "log policy"), batch=(3, "log policy"), seed=(1, "log policy"),
     precision=("bf16", "log policy"), init=(given("tiny"), "!leave net out")
     ) | below("net", dict(channels=((16, 32), "policy"), blocks=((1, 2), "policy"), emb=(32, "policy")))
+PULL = {k: (v, "log policy") for k, v in dict(l1=.5, lpips=.8, lattice=3., flat=9.).items()}
 OWN = { # of one setting
     "dp2o": {
         "method.winners": ({"is": "Expert", "n": 2}, "!Bottom lose to Top"),
@@ -236,9 +238,8 @@ OWN = { # of one setting
     "distil": {k: v for k, v in PATCHES.items() if not k.startswith("net.")} | looped("loop", "policy", "log", "kept"
         ) | below("crops", dict(side=(72, "log policy"), first=(4, "log policy"), fresh=(2, "log policy"),
                                 every=(2, "log policy"), most=(3, "log policy"), clean=(.6, "log policy"),
-                                mild=(.7, "log policy"), flat=(.9, "log policy"))) | below("to_teacher", dict(
-            l1=(.5, "log policy"), lpips=(.8, "log policy"), lattice=(3., "log policy"))) | below("to_truth", dict(
-            l1=(.5, "log policy"), lpips=(.8, "log policy"), lattice=(3., "log policy"))) | dict(
+                                mild=(.7, "log policy"), flat=(.9, "log policy"))) | below("to_teacher", PULL) | below(
+        "to_truth", PULL) | dict(
         versions=(2, "!leave it 0"), max_side=(96, "log policy"), patch=(44, "log policy"), margin=(3, "log policy"),
         window=(36, "log policy", dict(margin=2)),
         teacher=(given("onestep2"), "log policy", {"to_truth.l1": 0., "to_truth.lpips": 0.}),
