@@ -45,24 +45,18 @@ def drawn(pairs):
 def fails(reason): return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
 
 
-MESH = fails("this network's line excess is 2.3, above 1.3 times the truth's 1.7")
-DIRTY = fails("this network leaves 3.7 levels on flat areas, the truth has 1.3")
-UNEVEN = fails("this network is up to 4 levels off on one colour")
+DIRTY = fails("this network leaves 2.9 levels on flat areas, the truth has 1.3")
+UNEVEN = fails("this network makes black 2 levels green")
 GRAINY = fails("this base draws 6.8 levels of grain on flat areas, the truth has 1.3")
 
 
-@pytest.mark.parametrize("name", [pytest.param("onestep", marks=MESH), pytest.param("small", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["onestep", pytest.param("small", marks=pytest.mark.slow)])
 def test_no_mesh(pairs, drawn, name):
-    "Line excess at most 1.3 times the truth's, mean over lines and pictures"
+    """Line excess at most 1.3 times the truth's, mean over lines and pictures; the network that shipped before had 16
+    times as much"""
     truth, found = (line_excess(middle(luma(o))).mean() for o in (pairs[1], drawn(name)))
     assert 1.5 < truth < 2 # of photographs
     assert found <= 1.3*truth
-
-
-def test_no_visible_mesh(pairs, drawn):
-    "The network that shipped before had 16 times the truth's line excess"
-    truth, found = (line_excess(middle(luma(o))).mean() for o in (pairs[1], drawn("onestep")))
-    assert found <= 1.5*truth
 
 
 @pytest.mark.parametrize("name", [pytest.param("onestep", marks=DIRTY),
@@ -75,8 +69,8 @@ def test_flat_areas(pairs, drawn, name):
     assert found.nanmean() <= truth.nanmean()+1
 
 
-@pytest.mark.parametrize("level, noise", [(128, 0), *(pytest.param(level, noise, marks=UNEVEN) for level, noise in (
-    (0, 0), (10, 0), (245, 0), (0, 1), (10, 1), (128, 1), (245, 1)))])
+@pytest.mark.parametrize("level, noise", [
+    pytest.param(0, 0, marks=UNEVEN), (10, 0), (128, 0), (245, 0), (0, 1), (10, 1), (128, 1), (245, 1)])
 def test_flat_input(level, noise):
     "Stays flat: no pixel is further than one level from what came in"
     shape, g = (1, 3, 32, 40), generator(level)
@@ -85,7 +79,6 @@ def test_flat_input(level, noise):
     assert (sr-level).abs().max() <= 1+noise+1e-3
 
 
-@UNEVEN
 def test_flat_patch(pairs):
     "Inside a picture, away from its border, it stays flat"
     lq = pairs[0][:2].clone()
