@@ -714,8 +714,9 @@ class Restorer:
         try: found = self.restore(lq)
         except (torch.OutOfMemoryError, MemoryError): raise
         except Exception as e:
-            raise ValueError(f"{self.called} fails on a picture of {h}x{w}: {type(e).__name__}: {e}; it must take any "
-                             "size that the base takes") from e
+            told = " ".join(str(e).split())
+            raise ValueError(f"{self.called} fails on a picture of {h}x{w}: {type(e).__name__}: {told}; it must take "
+                             "any size that the base takes") from e
         sr, features = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         shape = tuple(sr.shape) if isinstance(sr, Tensor) else type(sr).__name__
         s = self.scale or (shape[-1]//w if isinstance(shape, tuple) and shape else 0)

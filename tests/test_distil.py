@@ -65,7 +65,7 @@ def pool_in(top, folder, teacher=None, scale=4, **more):
 @pytest.mark.parametrize("scale, changes, error", [
     (2, {}, "DistilRun.teacher: .*:larger enlarges 4 times, and the student 2 times"),
     (2, dict(teacher="real_esrgan"), "DistilRun.teacher: real_esrgan enlarges 4 times, and the student 2 times"),
-    (4, dict(teacher="TOP/mine.py:broken"), "DistilRun.teacher: .*mine.py:broken: RuntimeError: no luck"),
+    (4, dict(teacher="TOP/mine.py:broken"), "DistilRun.teacher: .*mine.py:broken fails on .*: RuntimeError: no luck"),
     (4, dict(teacher="TOP/mine.py:nothing"), "^DistilRun.teacher: .* has no 'nothing'$"),
     (1, dict(teacher="TOP/mine.py:same", to_teacher=Pull(0., 0., 1.)), "DistilRun.to_teacher.lattice .* scale 1"),
     (1, TRUTH | dict(teacher="real_esrgan", to_truth=Pull(1., 0., 1.)), "DistilRun.to_truth.lattice .* scale 1"),
@@ -117,7 +117,7 @@ def test_a_teacher_must_give_pictures(answer, error, there, tmp_path):
 
 
 def test_a_run_names_the_teacher_that_failed(there, tmp_path):
-    with pytest.raises(ValueError, match="DistilRun.teacher: .*mine.py:unknown gave values that are not finite"):
+    with pytest.raises(ValueError, match="DistilRun.teacher: .*mine.py:unknown must answer in .*from nan"):
         train_distil(run_in(there, tmp_path/"run", teacher=f"{there}/mine.py:unknown"))
 
 
