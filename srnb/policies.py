@@ -723,7 +723,7 @@ class Restorer:
         if not s or shape != (n, 3, s*h, s*w):
             raise ValueError(f"{self.called} answers {(n, 3, h, w)} with {shape}, and must give a picture "
                              f"(B,3,H,W){f', {s} times as large' if s else ''}, or that and its features (B,C,h,w)")
-        if not sr.isfinite().all() or sr.min() < -.1 or sr.max() > 1.1: # a tenth beyond is cut off
+        if not sr.isfinite().all() or sr.min() < -.01 or sr.max() > 1.01: # rounding is cut off
             raise ValueError(f"{self.called} must answer in [0, 1], got values from {sr.min():.3g} to {sr.max():.3g}")
         if features is not None:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

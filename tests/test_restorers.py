@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from srnb import distil
 from srnb.align import DP2O, Run, Top, align
+from srnb.command import main
 from srnb.config import fill
-from srnb.core import generator
+from srnb.core import generator, to_pil
 from srnb.curation import fingerprint
 from srnb.data import embedded_photos
 from srnb.distil import DistilRun, real_esrgan_net, train_distil
@@ -18,8 +19,8 @@ from srnb.images import upscale
 from srnb.nets import RRDBConfig, RRDBNet, SmallUNet, UNetConfig, pruned
 from srnb.onestep import BaseRun, evaluate_base, train_base
 from srnb.paths import Shift, sample_ddpm
-from srnb.policies import (PixelCodec, Policy, base_print, from_pretrained, load_adapter, restorer_of, save_adapter,
-                           save_pretrained, stand_on)
+from srnb.policies import (PixelCodec, Policy, base_print, from_pretrained, load_adapter, named_scale, restorer_of,
+                           save_adapter, save_pretrained, stand_on)
 from srnb.runs import Base, Data, Judging, check_unseen
 from srnb.training import Loop
 
@@ -218,7 +219,7 @@ def restless(lq, calls=[0]): # noqa: B006
 
 
 def late(lq): return larger(lq) if lq.shape[-1] == 24 else larger(lq)*float("nan")
-def wide(lq): return larger(lq) if lq.shape[-1] == 24 else larger(lq)*255
+def wide(lq): return larger(lq) if lq.shape[-1] == 24 else larger(lq)*1.05 # not by much
 def broken(lq): raise KeyError("weights")
 def three(lq): return larger(lq), lq, lq
 def words(lq): return larger(lq), "features"
@@ -271,3 +272,32 @@ def test_checkpoints_given_as_functions_are_told_apart(there):
     from srnb.baselines import spandrel_model
     a, b = (restorer_of(spandrel_model(there/f"x{n}.safetensors")).said for n in (2, 4))
     assert a != b and "checkpoint" in a and b == restorer_of(str(there/"x4.safetensors")).said
+
+
+def test_the_command_takes_a_restorer_that_has_moved(there, tmp_path, capsys):
+    base, g = Policy(SmallUNet(replace(SHAPE, restored=True))), generator(0)
+    with torch.no_grad():
+        for p in base.net.parameters(): p.copy_(.1*torch.randn(p.shape, generator=g))
+    (tmp_path/"gone.py").write_text(OWN)
+    save_pretrained(stand_on(base, str(tmp_path/"gone.py:larger")), tmp_path/"base")
+    (tmp_path/"gone.py").rename(tmp_path/"here.py")
+    to_pil(torch.rand(3, 16, 16, generator=generator(0))).save(tmp_path/"a.png")
+    line = ["upscale", str(tmp_path/"a.png"), "-o", str(tmp_path/"b.png"), "--model", str(tmp_path/"base"),
+            "--steps", "1"]
+    assert main(line) == 2 and "srnb upscale --restorer" in capsys.readouterr().err
+    assert main([*line, "--restorer", str(tmp_path/"here.py:larger")]) == 0 and (tmp_path/"b.png").exists()
+    assert main([*line, "--force", "--restorer", str(tmp_path/"here.py:other")]) == 2 # another one than it knows
+    assert "was trained upon the restorer" in capsys.readouterr().err
+
+
+def test_a_named_restorer_says_what_it_gives(there, tmp_path):
+    with pytest.raises(ValueError, match="net.restored and features are set by naming a restorer"):
+        BaseRun(str(tmp_path/"run"), restorer=str(there/"policy"), net=replace(SHAPE, restored=True, features=3))
+
+
+def test_a_policy_whose_file_says_no_scale_enlarges_4_times(there, tmp_path):
+    policy = save_pretrained(restoring(), tmp_path/"old")
+    said = json.loads((policy/"config.json").read_text())
+    said.pop("scale")
+    (policy/"config.json").write_text(json.dumps(said))
+    assert named_scale(policy) == from_pretrained(policy).codec.factor == 4

@@ -106,8 +106,8 @@ def test_the_plan_counts_samples(monkeypatch):
     assert any(re.match(r"tiles: \d+/18, .* s left", o) for o in said[1:]), said
     monkeypatch.setattr("srnb.plan.free_memory", lambda: int(eight.bytes/.9)-1000)
     assert plan_tiles(p, (300, 400), 64, samples=7).tiles > 1
-    with pytest.raises(tiles.DoesNotFit, match="take fewer samples or cut the image"):
-        plan_tiles(p, (300, 400), samples=8)
+    with pytest.raises(tiles.DoesNotFit, match="300 pixels need.*smaller tiles or take fewer samples or cut the image"):
+        plan_tiles(p, (300, 400), 64, samples=8)
 
 
 # What is kept
