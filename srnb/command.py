@@ -354,7 +354,8 @@ def run_upscale(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of Pillow about damaged metadata, among others
         todo, there, failed = _ready(args)
-        if there: tell(f"{len(there)} done before, such as {there[0]}; --force makes them anew")
+        if there: tell(f"{len(there)} done before, such as {there[0]}; --force makes them anew, which another model or "
+                       "other options need")
         if todo: failed += _upscale_all(args, todo)
     for o in (f"{len(failed)} failed:", *failed) if failed else (): tell(o)
     return 1 if failed else 0
