@@ -193,7 +193,7 @@ def latents_of(policy, lq): # the same noise, steps and prompt
 
 
 RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no"),
-        ("sd", "base", "no"), ("sdxl", "base", "no"), ("flux", "control", "no")]
+        ("sd", "base", "no"), pytest.param("sdxl", "base", "no", marks=pytest.mark.repeat), ("flux", "control", "no")]
 
 @pytest.mark.parametrize("kind,train,precision", RUNS)
 def test_run(folders, tmp_path, kind, train, precision):

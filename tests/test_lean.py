@@ -19,9 +19,10 @@ from srnb.backbones import NEGATIVE, BackboneOptions, LatentCodec, load_backbone
 from srnb.core import generator, read_run, to_bytes
 from srnb.curation import Group, bank_bounds, fingerprint, group_seeds, make_outputs, read_group, score_bank
 from srnb.data import embedded_photos
+from srnb.nets import SmallUNet, UNetConfig
 from srnb.pairs import Hinge, Logistic, Pairs, draw_loss, draw_pairs, draw_winners, row_backward
 from srnb.plan import SD2
-from srnb.policies import Policy, drop_adapters, from_pretrained, load_adapter, text_ids
+from srnb.policies import Policy, drop_adapters, load_adapter, text_ids
 from srnb.rewards import OFFLINE_NR, GlobalBounds
 from srnb.runs import Base, Data, Judging, add_trained, policy_of
 from srnb.spectral import SobolevEnergy
@@ -68,7 +69,8 @@ class OfBank(Work):
     "A run at work on a bank that is there, with rewards that differ from group to group"
     def __init__(self, folder, inputs, **method):
         run = Run("x", replace(DP2O, **method), Data(size=SIZE), Base(precision="no"), Judging(m=M))
-        super().__init__(run, from_pretrained("small"), inputs, inputs[:1])
+        policy = Policy(SmallUNet(UNetConfig((16, 16), (1, 1), 16, 16, 1)))
+        super().__init__(run, policy, inputs, inputs[:1])
         self.folder, self.reward = folder, torch.rand(len(inputs), M, generator=generator(1))
     @property
     def bank(self): return self.folder

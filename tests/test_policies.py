@@ -120,11 +120,12 @@ def test_a_policy_keeps_its_sampler(tmp_path):
         save_pretrained(Policy(toy(), sampler=mine), tmp_path/"q")
 
 
-def test_shipped_base_has_not_seen_the_embedded_photographs():
+def test_shipped_base_has_not_seen_the_held_out_photographs():
     from srnb.policies import policy_folder
     from srnb.runs import check_unseen
-    assert len((policy_folder("small")/"photos.json").read_text().split()) > 500 # hashes of what it was trained on
-    check_unseen(policy_folder("small"), embedded_photos())
+    seen, below = (json.loads((policy_folder(o)/"photos.json").read_text()) for o in ("small", "onestep"))
+    assert len(seen) > 500 and {*below} <= {*seen} # hashes of what it was trained on, and the network on which it stands
+    check_unseen(policy_folder("small"), embedded_photos("held_out"))
 
 
 def test_a_bases_record_is_of_its_weights(root):

@@ -132,7 +132,8 @@ def test_upscale(command, tmp_path, clean_env):
     for name, size in {"photo.jpg": (20, 16), "holiday/a.jpg": (24, 20), "holiday/b.png": (24, 20)}.items():
         Image.new("RGB", size, (90, 120, 60)).save(tmp_path/name)
     run(command, tmp_path, clean_env)
-    made = {p.stem: Image.open(p).size for p in (tmp_path/"bigger").rglob("*.png")}
+    out = command.split("-o ")[1].split("/")[0]
+    made = {p.stem: Image.open(p).size for p in (tmp_path/out).rglob("*.png")}
     assert len(made) == (3 if "holiday/" in command else 1)
     assert made["photo"] == (80, 64) and set(made.values()) <= {(80, 64), (96, 80)}
 

@@ -886,7 +886,8 @@ def test_going_on(box, capsys):
     assert said_of(capsys, "in/b.jpg", "-o", "out")[0] == 0
     before = files("out")["b.png"]
     code, said = said_of(capsys, "in", "-o", "out") # the same line again goes on
-    assert code == 0 and "1 done before, such as out/b.png; --force makes them anew" in said
+    assert code == 0 and "1 done before, such as out/b.png; --force makes them anew, which another model or other " \
+        "options need" in said
     assert sorted(files("out")) == ["a.png", "b.png", "deep/c.png"]
     for skip in ([], ["--skip"]): # done, and no failure
         code, said = said_of(capsys, "in", "-o", "out", *skip)
