@@ -124,7 +124,7 @@ def test_shipped_base_has_not_seen_the_held_out_photographs():
     from srnb.policies import policy_folder
     from srnb.runs import check_unseen
     seen, below = (json.loads((policy_folder(o)/"photos.json").read_text()) for o in ("small", "onestep"))
-    assert len(seen) > 500 and {*below} <= {*seen} # hashes of what it was trained on, and the network on which it stands
+    assert len(seen) > 500 and {*below} <= {*seen} # also what the network below it has seen
     check_unseen(policy_folder("small"), embedded_photos("held_out"))
 
 
