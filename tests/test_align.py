@@ -60,8 +60,8 @@ def move(policy, seed, by):
             b.add_(by*torch.randn(b.shape, generator=generator(100*seed+k)))
 
 
-@pytest.mark.parametrize("energy, link", [(l2_energy, Hinge(1.)), (SobolevEnergy(1.5), Logistic(1.))],
-                         ids=["l2-hinge", "sobolev-logistic"])
+@pytest.mark.parametrize("energy, link", [pytest.param(l2_energy, Hinge(1.), marks=pytest.mark.repeat),
+                                          (SobolevEnergy(1.5), Logistic(1.))], ids=["l2-hinge", "sobolev-logistic"])
 def test_fixture_10(shipped, energy, link):
     """M = 1 and a fresh buffer: the losers' gradient is under 1e-6 of the experts'. One that saw an older policy has a
     gradient, over 1e-3"""

@@ -21,6 +21,7 @@ from srnb.training import latest_checkpoint
 pytestmark = pytest.mark.slow
 KINDS = "sd", pytest.param("sdxl", marks=pytest.mark.repeat), "flux" # SDXL's network is SD's, with more conditions
 METHODS = "dp2o", "asasr", "dro"
+ALIGNED_RUNS = ("sd", "dp2o"), ("sd", "asasr"), ("flux", "asasr"), ("flux", "dro") # each kind, each method
 BASE = dict(versions=0, max_side=160, batch=1, precision="no", steps=8, lr=1e-2, warmup=1, ema=.5, save_every=3,
             log_with="none")
 ALIGNED = dict(size=64, places=1, take=2, sample_steps=1, eval_m=1, precision="no", patch=64, batch=1, lr=5e-2)
@@ -76,8 +77,9 @@ def test_base(top, kind, command):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, method", [
+    pytest.param(k, m, marks=[] if (k, m) in ALIGNED_RUNS else pytest.mark.repeat)
+    for k in ("sd", "sdxl", "flux") for m in METHODS])
 def test_aligned(top, root, kind, method, command, forked):
     "Killed and resumed: the same adapter, which gives diffusers the same picture as here"
     folders = base_of(top, kind, command)

@@ -192,8 +192,8 @@ def latents_of(policy, lq): # the same noise, steps and prompt
     return policy.sampler(guided, noise, path.sigma_grid(2), path, fresh)
 
 
-RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("flux", "base", "no"),
-        ("sd", "base", "no"), pytest.param("sdxl", "base", "no", marks=pytest.mark.repeat), ("flux", "control", "no")]
+RUNS = [("sd", "whole", "bf16"), ("sdxl", "control", "no"), ("sd", "base", "no"), ("flux", "control", "no"),
+        *(pytest.param(k, "base", "no", marks=pytest.mark.repeat) for k in ("sdxl", "flux"))]
 
 @pytest.mark.parametrize("kind,train,precision", RUNS)
 def test_run(folders, tmp_path, kind, train, precision):
