@@ -392,6 +392,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'srnb.data._slug': ('data.html#_slug', 'srnb/data.py'),
                            'srnb.data._turned': ('data.html#_turned', 'srnb/data.py'),
                            'srnb.data.centre_crop': ('data.html#centre_crop', 'srnb/data.py'),
+                           'srnb.data.check_copies': ('data.html#check_copies', 'srnb/data.py'),
                            'srnb.data.check_disjoint': ('data.html#check_disjoint', 'srnb/data.py'),
                            'srnb.data.crop': ('data.html#crop', 'srnb/data.py'),
                            'srnb.data.embedded_photos': ('data.html#embedded_photos', 'srnb/data.py'),

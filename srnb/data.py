@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Photo', 'look_of', 'open_photo', 'find_images', 'find_photos', 'embedded_photos', 'look_distance', 'check_disjoint',
-           'share_of', 'split_photos', 'crop', 'centre_crop', 'trim', 'scale_between', 'make_pair', 'shrink',
-           'PatchPool', 'same_stem', 'paired_folder']
+           'share_of', 'split_photos', 'crop', 'centre_crop', 'trim', 'scale_between', 'make_pair', 'check_copies',
+           'shrink', 'PatchPool', 'same_stem', 'paired_folder']
 
 # %% ../nbs/04_data.ipynb #04-data-004
 import hashlib
@@ -243,6 +243,26 @@ def make_pair(
         return crop(lq, (h//scale, w//scale), y, x).contiguous(), crop(image, (h, w), y*scale, x*scale).contiguous()
     gt = crop(image, (h, w), top, left).contiguous()
     return degrade(gt, degradation, generator(seed_of(photo.id, degradation_name(degradation), draw, place)), scale), gt
+
+def check_copies(
+    photos:Sequence[Photo],   # of one set
+    scale:int=4,              # of the runs
+    closest:float=.015,       # thumbnails nearer than this are one photograph
+)->None:
+    "Raise ValueError naming a photograph and a copy at 1/scale of its size, which would be learnt as ground truth"
+    looks = torch.tensor([p.look for p in photos], dtype=torch.float64)
+    means, order = looks.mean(1).sort() # thumbnails that are near have near means
+    ends = torch.searchsorted(means, means+closest, right=True)
+    for k, end in enumerate(ends.tolist()):
+        apart = (looks[order[k+1:end]]-looks[order[k]]).square().mean(1).sqrt()
+        for j in order[k+1:end][apart < closest].tolist():
+            found = sorted(((p.read().shape[1:], p.path) for p in (photos[j], photos[order[k]])), key=lambda o: o[0])
+            (small, low), (large, high) = found
+            if scale_between(small, large) == scale:
+                sizes = [f"{h}×{w}" for h, w in (small, large)]
+                raise ValueError(f"{low} ({sizes[0]} pixels) is a copy of {high} ({sizes[1]}) at 1/{scale} of its size"
+                                 ": take the small ones away, or put ready pairs into the folders lq and gt")
+
 
 # %% ../nbs/04_data.ipynb #04-data-045
 def shrink(

@@ -218,7 +218,9 @@ def of_pillow(
         im, mode = im.convert("RGB"), "RGB"
         notes.append("its alpha is 0 everywhere and taken for absent")
     if im.has_transparency_data: mode = {"L": "LA", "RGB": "RGBA"}.get(mode, mode)
-    if mode == "I;16": work = of_array(np.asarray(im).astype(np.uint16))
+    if mode == "I;16":
+        work = of_array(np.asarray(im).astype(np.uint16))
+        notes.append("16-bit grey goes in; the result has 256 levels, written as 16 bit")
     elif mode == "LA":
         grey, alpha = (np.asarray(o) for o in im.convert("LA").split())
         work = of_array(np.dstack([grey, grey, grey, alpha]))

@@ -33,8 +33,8 @@ from .colour import Colour
 from .config import Checked, from_file, own_file, own_files, record
 from .core import bicubic, check_multiple, open_run, seed_of, to_bytes, write_table
 from .curation import Group, WhenAsked, make_bank, read_group, score_bank, score_table
-from .data import (Photo, check_disjoint, embedded_photos, find_images, find_photos, make_pair, split_photos,
-                       trim)
+from .data import (Photo, check_copies, check_disjoint, embedded_photos, find_images, find_photos, make_pair,
+                       split_photos, trim)
 from .degrade import RESSHIFT_TEST, Degradation
 from .downstream import Agreement
 from .pairs import draw_winners
@@ -89,8 +89,11 @@ def photos_in(
     folders:Sequence[str], # or none
     split:str,             # of the embedded photographs, in place of none
 )->list:
-    "Photographs of folders, or embedded ones"
-    return [p for f in folders for p in find_photos(f)] if folders else embedded_photos(split)
+    "Photographs of folders, or embedded ones; ValueError if low-resolution copies are among them"
+    if not folders: return embedded_photos(split)
+    photos = [p for f in folders for p in find_photos(f)]
+    check_copies(photos)
+    return photos
 
 def seen_by(
     name:str|None,            # in SHIPPED, the folder of a policy, or a name of another kind; None: it has none

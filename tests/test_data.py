@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from srnb import data
-from srnb.core import generator, read_image, to_pil, write_image
-from srnb.data import PatchPool, check_disjoint, embedded_photos, find_photos, make_pair, paired_folder
+from srnb.core import bicubic, generator, read_image, to_pil, write_image
+from srnb.data import PatchPool, check_copies, check_disjoint, embedded_photos, find_photos, make_pair, paired_folder
 from srnb.data import share_of, split_photos
 from srnb.degrade import RESSHIFT_TEST, SEESR
 
@@ -123,6 +123,18 @@ def test_split_refuses_copies_across(tmp_path):
         (tmp_path/"q").mkdir(exist_ok=True)
         to_pil(x).save(tmp_path/"q"/f"{q}.jpg", quality=q)
     with pytest.raises(ValueError, match="looks like"): split_photos(find_photos(tmp_path/"q"), .5)
+
+
+def test_high_and_low_resolution_do_not_mix(tmp_path):
+    "Wherever the split puts them; other sizes are left in"
+    from srnb.runs import Data, photo_sets
+    x = embedded_photos()[0].read()[:, :256, :256]
+    for k in range(3):
+        for side in (256, 128): to_pil(bicubic(x.roll(64*k, 2)[None], (side, side))[0]).save(tmp_path/f"{k}-{side}.png")
+    check_copies(find_photos(tmp_path))
+    to_pil(bicubic(x[None], (64, 64))[0]).save(tmp_path/"small.png")
+    with pytest.raises(ValueError, match=r"small.png .64×64 pixels. is a copy of .*0-256.png .256×256. at 1/4"):
+        photo_sets(Data((str(tmp_path),)), 8, None)
 
 
 def test_empty_sets_share_nothing(album):

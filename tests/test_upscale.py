@@ -239,8 +239,10 @@ def test_sixteen_bits_of_colour_are_refused(tmp_path, data):
 def test_sixteen_bits_of_grey_pass_through_files(tmp_path):
     (tmp_path/"a.png").write_bytes(png16(0, 1))
     for end in (".png", ".tif"):
-        images.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick)
+        said = []
+        images.upscale_file(tmp_path/"a.png", tmp_path/f"b{end}", quick, say=said.append)
         with Image.open(tmp_path/f"b{end}") as im: assert im.mode == "I;16"
+        assert any("256 levels" in o for o in said)
     with pytest.raises(ValueError, match="no 16-bit grey"):
         images.upscale_file(tmp_path/"a.png", tmp_path/"b.webp", quick)
 
