@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .policies import (Policy, _activate, base_of, drop_adapters, layers_of, load_adapter, parts_of,
-                           save_adapter)
+from .policies import Policy, _activate, base_of, layers_of, load_adapter, parts_of, save_adapter
 
 # %% ../nbs/37_rounds.ipynb #37-rounds-012
 def join_factors(
@@ -39,8 +38,8 @@ def check_joins(
         here = [n for n in on if parts_of(layer, n)]
         odd = [getattr(layer, o, {}).get(n) for o in ("use_dora", "lora_bias") for n in here]
         if here and (any(odd) or not hasattr(layer, "lora_A")):
-            raise ValueError(f"{what} is no plain LoRA in {_bare(path)} (a copy of a part, DoRA, or a bias), and a sum of "
-                             "adapters needs that: give one that add_lora made")
+            raise ValueError(f"{what} is no plain LoRA in {_bare(path)} (a copy of a part, DoRA, or a bias), and a sum "
+                             "of adapters needs that: give one that add_lora made")
     return on
 
 def _bare(path:str)->str: return path.removeprefix("base_model.model.")
