@@ -403,7 +403,7 @@ def check_rounds(run)->None: # a Run
     if not run.samples or getattr(run.method.losers, "pairs", None):
         kind = type(run.method.losers).__name__
         raise ValueError(f"Run.rounds = {run.rounds}: a round draws a bank of its own, and {kind} against these "
-                         "winners would learn from none; leave rounds 1, or take Top or Samples without pairs of your own")
+                         "winners would learn from none; leave rounds 1, or take Top or Samples without your own pairs")
     if run.drift:
         raise ValueError(f"Run.drift = {run.drift:g} is a distance from the reference, which moves with Run.rounds = "
                          f"{run.rounds}: leave one of them out")
