@@ -264,8 +264,8 @@ TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[
 PLACES = {"out", "banks"} # fields that name places alone
 BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank") # what is made of training crops
 OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary", "stage1"} # who must differ there shares nothing
-NAMES = {"bank-after": "after", "begun-bank": "bank", "held_out": "after", "started-before": "before", "reference-adversary": "adversary",
-         "blind-started-before": "blind-before"}
+NAMES = {"bank-after": "after", "begun-bank": "bank", "held_out": "after", "started-before": "before",
+         "reference-adversary": "adversary", "blind-started-before": "blind-before"}
 
 
 def marked(setting, path):
