@@ -34,11 +34,12 @@ from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone,
 from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
-from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
+from .rewards import GroupMinMax, GroupRank, GroupZScore, check_available, drop_scorers, park_scorers
 from .rounds import adapter_digest, load_begun, save_joined, seen_by_adapter
 from .runs import (FREE, Base, Blind, Data, Judging, add_trained, blind_of, claimed, evaluate, freed, inputs_of,
                        is_done, kept_drifts, photo_sets, policy_of, prompts_of, record_of, seen_by, spectra,
                        train_adapter, whole_again)
+from .served import Served
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -128,9 +129,9 @@ class Work:
         "The scale on which rewards are reported, frozen on these scores; None without a reward"
         return bank_bounds(self.scores, self.run.judging.reward) if self.run.judging.reward else None
 
-    def rewards(self, frozen:bool=False)->Tensor: # (G,M)
-        "Reward of every sample of the bank, scaled in its group or on the frozen scale"
-        scale = self.bounds if frozen else GroupMinMax()
+    def rewards(self, frozen:bool=False, scale:Callable|None=None)->Tensor: # (G,M)
+        "Reward of every sample of the bank, on the frozen scale, a given one, or from worst to best of its group"
+        scale = self.bounds if frozen else scale or GroupMinMax()
         return bank_reward(self.scores, self.run.judging.reward, self.ids, scale)
 
     def show(self, step:int, trackers:list)->None:
@@ -222,10 +223,18 @@ class Top(Pictures):
     "The best samples of the policy win, ranked by the reward [DP2O-SR, pair curation]"
     n:int = 4           # winners, and losers, of a group
     frozen:bool = False # rank on the scale frozen on the training bank, not on each group's own
-    def check(self): self.at_least(1, "n")
+    scale:GroupZScore|GroupRank|None = None # of each metric in its group; None: from worst to best
+    def check(self):
+        self.at_least(1, "n")
+        if self.frozen and self.scale:
+            raise ValueError(f"{type(self).__name__}.scale is of each group, and frozen ranks on the bank's: leave "
+                             "one of them out")
+    def ranked(self, work:Work)->Tensor: # (G,M)
+        "Rewards by which it ranks"
+        return work.rewards(self.frozen, *([self.scale] if self.scale else []))
     def winning(self, top:Group)->Group: return top # of its best samples, 8 bit
     def groups(self, work):
-        top, _ = top_bottom(work.rewards(self.frozen), self.n)
+        top, _ = top_bottom(self.ranked(work), self.n)
         return WhenAsked(list(map(self.winning, work.samples(top))), Group.images)
 
 @dataclass(frozen=True)
@@ -261,7 +270,7 @@ class Bottom(OfBank):
     meets = (Top,)
     def chosen(self, work):
         top = work.run.method.winners
-        reward = work.rewards(top.frozen)
+        reward = top.ranked(work)
         best, worst = top_bottom(reward, top.n)
         rows = ((o, o.sr[:top.n], o.sr[top.n:]) for o in work.samples(torch.cat([best, worst], 1)))
         return pairs_of(rows, hpo_weights(reward, best, worst, self.intra, self.inter))
@@ -601,6 +610,8 @@ def claim(run:Run, state)->Work|None: # None: it is done
         blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
         work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
+        served = {m.name: m.version for m in judging.metrics if isinstance(m, Served)} # as their servers say
+        if served: digest = dict(digest, served=served)
         said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **begun, **(blind.said if blind else {}))
         if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out

@@ -192,6 +192,7 @@ OWN = { # of one setting
         "method.winners": ({"is": "Expert", "n": 2}, "!Bottom lose to Top"),
         "rounds": (2, "round adapter metrics"), "base.adapter": (given("adapter"), "bank before log adapter metrics"),
         "method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log"),
+        "method.winners.scale": ({"is": "GroupRank"}, "log"),
         "method.losers": ({"is": "Own", "cells": 2}, "log adapter"), "method.losers.intra": (False, "log"),
         "method.losers.inter": (False, "log"), "method.losers.pairs": (given("pairs"), "log adapter"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.link.kappa": (20., "log"),
@@ -227,7 +228,8 @@ OWN = { # of one setting
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.safeguard": (True, "!there are no losers")},
     "riesz": {"method.losers.radius": (.1, "log adapter")},
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
-    "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
+    "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter"),
+               "method.winners.scale": ({"is": "GroupRank"}, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
     "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
         control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
@@ -446,7 +448,7 @@ def test_a_preset_is_the_method_of_its_paper():
     def logistic(kappa): return {"is": "Logistic", "kappa": kappa}
     assert said("sft") == method(0., photograph, {"is": "Nobody"}, None)
     assert said("dpo") == method(0., photograph, {"is": "Samples"}, logistic(3000.))
-    assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False},
+    assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False, "scale": None},
                                   {"is": "Bottom", "intra": True, "inter": True, "pairs": None}, logistic(1000.))
     assert said("asasr") == method(1.5, photograph, adversary, logistic(10_000.), start)
     assert said("dro") == method(0., photograph, {"is": "Own", "every": 16, "capacity": 8, "refresh": 8, "cells": 10},
