@@ -18,7 +18,7 @@ from srnb.align import Bottom, Method, Run, Top, align
 from srnb.core import RunOccupied, to_bytes
 from srnb.pairs import Logistic
 from srnb.rewards import Metric, MetricUnavailable, Reward, check_available, drop_scorers, score
-from srnb.runs import Base, Data, Judging
+from srnb.runs import Base, Data, Judging, record_of
 from srnb.served import Served
 from srnb.training import Loop
 
@@ -55,7 +55,7 @@ def server():
         def log_message(self, *args): pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(.02,), daemon=True).start()
     said.address = f"http://127.0.0.1:{http.server_port}/score"
     said.stop = lambda: (http.shutdown(), http.server_close())
     drop_scorers()
@@ -123,15 +123,13 @@ def test_it_is_asked_again(server, monkeypatch):
     assert pauses == [.5, 1.]
 
 
-def test_a_token_is_sent_and_written_nowhere(server, run, tmp_path, monkeypatch):
+def test_a_token_is_sent_and_written_nowhere(server, run, monkeypatch):
     metric = served(server, token="BRIGHT_TOKEN")
     monkeypatch.setenv("BRIGHT_TOKEN", "s3cret")
     check_available([metric])
     assert server.headers == ["Bearer s3cret"]
-    out = align(run(metric))
-    files = [f for f in out.rglob("*") if f.is_file()]
-    assert files and not any(b"s3cret" in f.read_bytes() for f in files)
-    assert "s3cret" not in repr(metric)
+    said = record_of(run(metric), served=metric.version)
+    assert "BRIGHT_TOKEN" in json.dumps(said) and "s3cret" not in json.dumps(said)+repr(metric)
     monkeypatch.delenv("BRIGHT_TOKEN")
     drop_scorers()
     with pytest.raises(MetricUnavailable, match="no BRIGHT_TOKEN"): check_available([metric])
