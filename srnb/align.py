@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'Work', 'Pictures', 'Photograph', 'Top', 'Expert', 'Losers', 'OfBank',
-           'Bottom', 'Samples', 'Made', 'Given', 'Adversary', 'Riesz', 'Own', 'Nobody', 'Start', 'Method', 'Run',
-           'cost', 'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'claim', 'align', 'finish', 'judge']
+           'Bottom', 'Samples', 'Made', 'Given', 'Adversary', 'Riesz', 'Own', 'Nobody', 'Start', 'Method',
+           'check_rounds', 'Run', 'cost', 'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'begun_of',
+           'begin', 'trained', 'one_round', 'claim', 'align', 'finish', 'judge']
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
@@ -24,7 +25,7 @@ from .adversary import adversary_loser, riesz_loser
 from .backbones import Backbone
 from .baselines import BASELINES, baseline_at
 from .config import Checked, leaves, name_of, own_files, record
-from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, write_table
+from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, write_json, write_table
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
                            make_outputs, read_bytes, score_bank, top_bottom)
 from .data import find_photos
@@ -33,9 +34,12 @@ from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone,
 from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
-from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
-from .runs import (FREE, Base, Blind, Data, Judging, add_trained, blind_of, evaluate, freed, inputs_of, is_done,
-                       kept_drifts, photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
+from .rewards import GroupMinMax, GroupRank, GroupZScore, check_available, drop_scorers, park_scorers
+from .rounds import adapter_digest, load_begun, save_joined, seen_by_adapter
+from .runs import (FREE, Base, Blind, Data, Judging, add_trained, blind_of, claimed, evaluate, freed, inputs_of,
+                       is_done, kept_drifts, photo_sets, policy_of, prompts_of, record_of, seen_by, spectra,
+                       train_adapter, whole_again)
+from .served import Served
 from .spectral import SobolevEnergy
 from .training import Loop, check_shared, fit, log_pictures, processes, put, refuse_fsdp
 
@@ -64,15 +68,16 @@ class Work:
         self.note = dict(degradation=record(run.data.degradation), size=run.data.size, **own_files(run.data),
                          **run.base.colour.note(policy.codec))
         self.base, self.on = fingerprint(policy), {} # and the adapters that every policy has: name -> folder
+        self.round, self.seen = 1, set() # SHA-256 of photographs that the adapter, once written, has seen
 
     def inputs(self, groups:WhenAsked)->dict:
         "Pairs and prompts, as `make_bank` and `make_outputs` take them"
         told = {o.id: o.prompt for o in groups.held} if self.run.data.prompts else None
         return dict(pairs=WhenAsked(groups, lambda o: (o.id, o.lq, o.gt)), prompts=told)
 
-    def sample(self, folder:Path, groups:WhenAsked, m:int)->Path:
+    def sample(self, folder:Path, groups:WhenAsked, m:int, seed:int=0)->Path:
         "A bank of the policy's samples; processes share the groups"
-        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour)
+        how = dict(m=m, steps=self.steps, sampler=self.sampler, note=self.note, colour=self.run.base.colour, seed=seed)
         return make_bank(folder, self.policy, **how, **self.inputs(groups))
 
     def sample_blind(self,
@@ -83,14 +88,24 @@ class Work:
         if self.blind is None: return {}
         if variant == "before" and run.banks:
             pictures = self.blind.said["blind"]["pictures"]
-            folder = self.home/f"blind-{'started-' if self.on else ''}before-{m}-{pictures}"
+            folder = self.home/f"blind-{self.prefix}before-{m}-{pictures}"
         how = dict(sampler=self.sampler, colour=run.base.colour)
         return {variant: self.blind.sample(folder, self.policy, m, self.steps, **how)}
 
+    @property
+    def prefix(self)->str: # of the names of what is drawn before training, where runs share it
+        return "begun-" if "begun" in self.on else "started-" if self.on else ""
+
+    @property
+    def joined(self)->bool: # whether its adapter holds all adapters that came before, too
+        return self.run.rounds > 1 or self.run.base.adapter is not None
+
     @cached_property
     def bank(self)->Path: # of the training crops
-        "M samples of every training crop, drawn by the base"
-        return self.sample(self.home/"bank", self.crops, self.run.m)
+        "M samples of every training crop, drawn by what the round starts from: in the first the base, or its adapter"
+        k, begun = self.round, "begun-"*("begun" in self.on)
+        folder = self.out/f"crops-round-{k}" if k > 1 else self.home/f"{begun}bank"
+        return self.sample(folder, self.crops, self.run.m, seed=k-1)
 
     def samples(self, chosen:Tensor|None=None)->Iterator[Group]: # 8 bit
         "The groups of the bank, one after the other; of each the chosen candidates (G,N), or all"
@@ -106,7 +121,7 @@ class Work:
     def before(self)->Path: # drawn by what training starts from
         "Samples of the held-out photographs before training"
         m = self.run.judging.eval_m
-        name = f"{'started-' if self.on else ''}before-{m}" if self.run.banks else "before"
+        name = f"{self.prefix}before-{m}" if self.run.banks else "before"
         return self.sample(self.home/name, self.probes, m)
 
     @cached_property
@@ -114,9 +129,9 @@ class Work:
         "The scale on which rewards are reported, frozen on these scores; None without a reward"
         return bank_bounds(self.scores, self.run.judging.reward) if self.run.judging.reward else None
 
-    def rewards(self, frozen:bool=False)->Tensor: # (G,M)
-        "Reward of every sample of the bank, scaled in its group or on the frozen scale"
-        scale = self.bounds if frozen else GroupMinMax()
+    def rewards(self, frozen:bool=False, scale:Callable|None=None)->Tensor: # (G,M)
+        "Reward of every sample of the bank, on the frozen scale, a given one, or from worst to best of its group"
+        scale = self.bounds if frozen else scale or GroupMinMax()
         return bank_reward(self.scores, self.run.judging.reward, self.ids, scale)
 
     def show(self, step:int, trackers:list)->None:
@@ -171,6 +186,18 @@ class Work:
         loss = draw_loss(self.batches(draw_alone, groups, what="adapter", seed=draws), self.policy)
         return train_adapter(self.home/folder, self.policy, name, rank, seed, loss, loop, said)
 
+    def write(self, policy:Policy, folder:Path)->None:
+        "Write what was trained, with what it has seen; after rounds one adapter for all"
+        (save_joined if self.joined else save_adapter)(policy, folder)
+        write_json(folder/"photos.json", sorted(self.seen))
+
+    def next_round(self, adapter:Path)->None:
+        "What ended a round is the reference of the next, which draws a bank of its own and has seeds of its own"
+        self.round += 1
+        self.on, self.run = dict(rounds=adapter), replace(self.run, seed=seed_of(self.run.seed, "round", self.round))
+        for name in ("bank", "scores"): vars(self).pop(name, None)
+        self.renew()
+
     def keep(self)->None:
         "The folder is this run's: prompts and latents of a backbone go there"
         if isinstance(self.policy, Backbone): self.policy.keep(self.home)
@@ -196,10 +223,18 @@ class Top(Pictures):
     "The best samples of the policy win, ranked by the reward [DP2O-SR, pair curation]"
     n:int = 4           # winners, and losers, of a group
     frozen:bool = False # rank on the scale frozen on the training bank, not on each group's own
-    def check(self): self.at_least(1, "n")
+    scale:GroupZScore|GroupRank|None = None # of each metric in its group; None: from worst to best
+    def check(self):
+        self.at_least(1, "n")
+        if self.frozen and self.scale:
+            raise ValueError(f"{type(self).__name__}.scale is of each group, and frozen ranks on the bank's: leave "
+                             "one of them out")
+    def ranked(self, work:Work)->Tensor: # (G,M)
+        "Rewards by which it ranks"
+        return work.rewards(self.frozen, *([self.scale] if self.scale else []))
     def winning(self, top:Group)->Group: return top # of its best samples, 8 bit
     def groups(self, work):
-        top, _ = top_bottom(work.rewards(self.frozen), self.n)
+        top, _ = top_bottom(self.ranked(work), self.n)
         return WhenAsked(list(map(self.winning, work.samples(top))), Group.images)
 
 @dataclass(frozen=True)
@@ -235,7 +270,7 @@ class Bottom(OfBank):
     meets = (Top,)
     def chosen(self, work):
         top = work.run.method.winners
-        reward = work.rewards(top.frozen)
+        reward = top.ranked(work)
         best, worst = top_bottom(reward, top.n)
         rows = ((o, o.sr[:top.n], o.sr[top.n:]) for o in work.samples(torch.cat([best, worst], 1)))
         return pairs_of(rows, hpo_weights(reward, best, worst, self.intra, self.inter))
@@ -368,6 +403,20 @@ ASASR = Method(SobolevEnergy(1.5), Photograph(), Adversary(), Logistic(10_000.),
 DRO = Method(winners=Photograph(), losers=Own(), link=Hinge(.001))
 
 # %% ../nbs/42_align.ipynb #42-align-014
+def check_rounds(run)->None: # a Run
+    "Raise unless a run can be repeated from what it leaves, and has one reference"
+    if run.base.adapter and run.method.start:
+        raise ValueError(f"Base.adapter = {run.base.adapter} is the reference, and so would be what Method.start "
+                         "trains: leave one of them out")
+    if run.rounds == 1: return
+    if not run.samples or getattr(run.method.losers, "pairs", None):
+        kind = type(run.method.losers).__name__
+        raise ValueError(f"Run.rounds = {run.rounds}: a round draws a bank of its own, and {kind} against these "
+                         "winners would learn from none; leave rounds 1, or take Top or Samples without your own pairs")
+    if run.drift:
+        raise ValueError(f"Run.drift = {run.drift:g} is a distance from the reference, which moves with Run.rounds = "
+                         f"{run.rounds}: leave one of them out")
+
 # a base asks the device for its precision, which an import must not: each run makes its own
 @dataclass(frozen=True)
 class Run(Checked):
@@ -379,6 +428,7 @@ class Run(Checked):
     judging:Judging = Judging()
     loop:Loop = Loop(steps=60, lr=1e-4, save_every=20, log_every=5)
     rank:int = 16                  # of the adapter
+    rounds:int = 1                 # each draws its bank from the policy that ended the last one, its reference
     batch:int = 8                  # pairs of a micro-batch; top against bottom: groups of 2N
     patch:int = 64                 # pixels that training sees
     seed:int = 0                   # of adapters, order and noise; the banks' seeds stay the same
@@ -387,7 +437,7 @@ class Run(Checked):
     banks:str|None = None          # folder for what runs may share; None: out
     rows:int = 0                   # states whose activations are held at once, for one more forward; 0: all of a batch
     def check(self):
-        self.at_least(1, "rank", "batch", "patch")
+        self.at_least(1, "rank", "rounds", "batch", "patch")
         self.at_least(0, "seed", "budget", "drift", "rows")
         method, m = self.method, self.m
         if isinstance(method.winners, Top):
@@ -397,9 +447,11 @@ class Run(Checked):
         if self.drift and not self.budget and not 0 < self.loop.keep_every <= self.loop.steps:
             raise ValueError("Run.drift needs kept copies to choose from: set a budget, or Loop.keep_every from 1 to "
                              f"{self.loop.steps}")
+        check_rounds(self)
         if self.patch > self.data.size:
             raise ValueError(f"Run.patch = {self.patch} is larger than the crops ({self.data.size})")
-        if self.base.options.train == "whole" and (method.start or isinstance(method.losers, (Adversary, Own))):
+        others = method.start or self.rounds > 1 or self.base.adapter or isinstance(method.losers, (Adversary, Own))
+        if self.base.options.train == "whole" and others:
             raise ValueError("a reference, an adversary or a snapshot besides the policy needs LoRA: "
                              "BackboneOptions.train must be base or control")
         if self.base.options.train == "whole" and self.rank != type(self).rank:
@@ -421,9 +473,9 @@ def cost(
     crops:int,    # training crops
     steps:int,    # of the sampler
 )->tuple[float, float]: # before the first update; of one micro-batch
-    "Network evaluations of a run, in forwards of 64x64 pixels; only what the method itself needs"
+    "Network evaluations of a run, of all its rounds, in forwards of 64x64 pixels; only what the method itself needs"
     image, patch, method = (run.data.size/64)**2, (run.patch/64)**2, run.method
-    bank = crops*run.m*steps*image if run.samples else 0
+    bank = run.rounds*crops*run.m*steps*image if run.samples else 0
     one = 4 if run.rows else 5 if method.safeguard else 3 # two forwards and a backward; one and two; one and one
     one += method.link is not None # the reference
     update = method.losers.states(run)*one+method.losers.forwards(run)
@@ -434,10 +486,10 @@ def loop_of(
     crops:int,    # training crops
     steps:int,    # of the sampler
 )->Loop:
-    "The loop of a run; with a budget, as many updates as it pays for, and some 24 kept copies"
+    "The loop of a round; with a budget, as many updates as it pays for, and some 24 kept copies"
     if not run.budget: return run.loop
     before, update = cost(run, crops, steps)
-    update *= run.loop.parts
+    update *= run.loop.parts*run.rounds # one in each
     updates = int((run.budget-before)//update)
     if updates < 1:
         raise ValueError(f"a budget of {run.budget:,} evaluations does not pay for one update: {before:,.0f} go before "
@@ -477,6 +529,60 @@ def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their di
     for o in (*pairs.lq, *pairs.winners, *pairs.losers, pairs.weight): digest.update(o.contiguous().numpy().tobytes())
     return pairs, dict(pairs=digest.hexdigest())
 
+# %% ../nbs/42_align.ipynb #42-rounds-1
+def begun_of(
+    run:Run,
+    policy:Policy, # the bare base; the same afterwards
+    photos:list,   # to report on
+)->dict:           # for the record
+    "Look at the adapter that a run starts from: it fits the base, is LoRA, and has not seen what it is judged by"
+    folder = run.base.adapter
+    if folder is None: return {}
+    wild, seen = find_photos(run.judging.blind) if run.judging.blind else [], seen_by_adapter(folder)
+    for p in (*photos, *wild):
+        if p.sha256 in seen:
+            raise ValueError(f"{p.path} was in the training of {folder}; give photographs that it has not seen: "
+                             "held_out (--data.held-out), judging.blind")
+    load_begun(policy, folder)
+    drop_adapters(policy)
+    return dict(adapter=adapter_digest(folder))
+
+def begin(work:Work)->None:
+    "Put the adapter that a run starts from upon its base, joined into one with those that it was trained upon"
+    folder, given = work.home/"begun", work.run.base.adapter
+    with claimed(folder, dict(base=work.base, adapter=adapter_digest(given))) as state:
+        if state.is_main_process and not (folder/"adapter"/"adapter_config.json").exists():
+            save_joined(load_begun(work.policy, given), folder/"adapter")
+        state.wait_for_everyone()
+    work.on["begun"] = folder/"adapter"
+    work.renew()
+
+def trained(
+    work:Work,   # all that is scored before training has been
+    loop:Loop,
+    folder:Path, # of the round
+)->tuple[dict[str, Tensor], pd.DataFrame]: # as `fit`
+    "Train the adapter of a round"
+    run = work.run
+    drop_scorers() # nothing is scored before training has ended
+    freed()
+    run.method.losers.prepare(work)
+    add_trained(work.policy, run.base.options, run.rank, run.seed)
+    loss, backward, memory = objective(work)
+    return fit(work.policy, loss, loop, folder, backward, memory, work.show if run.judging.show else None)
+
+def one_round(work:Work, loop:Loop)->None:
+    "A round that is not the last: train, write one adapter for all so far, and start the next from it"
+    folder = work.out/f"round-{work.round}"
+    with claimed(folder, dict(round=work.round)) as state:
+        if not (folder/"adapter"/"adapter_config.json").exists():
+            _, log = trained(work, loop, folder)
+            if state.is_main_process:
+                write_table(folder/"log.parquet", log)
+                work.write(work.policy, folder/"adapter")
+            state.wait_for_everyone()
+    work.next_round(folder/"adapter")
+
 # %% ../nbs/42_align.ipynb #42-align-019
 def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
@@ -484,7 +590,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
     check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
-    if whole: refuse_fsdp()
+    if whole or run.rounds > 1 or run.base.adapter: refuse_fsdp()
     judging, data = run.judging, run.data
     if data.prompts: # of all sets, before a backbone is read
         wild = find_photos(judging.blind) if judging.blind else []
@@ -500,10 +606,13 @@ def claim(run:Run, state)->Work|None: # None: it is done
         given, digest = given_pairs(run, policy)
         of = data, policy.stride, run.base.backbone, policy
         sets = photo_sets(*of)
+        begun = begun_of(run, policy, sets[1])
         blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
         work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
-        said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **(blind.said if blind else {}))
+        served = {m.name: m.version for m in judging.metrics if isinstance(m, Served)} # as their servers say
+        if served: digest = dict(digest, served=served)
+        said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **begun, **(blind.said if blind else {}))
         if is_done(out, said): return None
         loop_of(run, len(work.crops), work.steps) # a budget that pays for nothing is found out
         for model in outputs: model(work.crops[0].lq[None, :, :16, :16]) # a missing package is found out, too
@@ -515,6 +624,8 @@ def claim(run:Run, state)->Work|None: # None: it is done
                 raise ValueError(f"{run.base.backbone!r} answers without its noise, so that all of its M = {run.m} "
                                  "samples are one picture and none is best: name a base that samples")
         open_run(out, said, FREE) # the inputs are good: the folder is claimed
+        work.seen = {p.sha256 for p in sets[0]} | seen_by(run.base.backbone, policy)
+        if run.base.adapter: work.seen |= seen_by_adapter(run.base.adapter)
         work.keep()
     return work
 
@@ -529,19 +640,22 @@ def align(
     if work is None: return out
     loop, m = loop_of(run, len(work.crops), work.steps), run.judging.eval_m
     if state.is_main_process:
-        print(f"{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, M = {m}")
-    if run.m: _ = work.bank # drawn by the bare base, whatever adapters come
+        rounds = f"{run.rounds} rounds of "*(run.rounds > 1)
+        print(f"{rounds}{loop.steps} updates; {len(work.crops)} crops; held out: {len(work.probes)} photographs, "
+              f"M = {m}")
+    if run.base.adapter: begin(work)
+    if run.m: _ = work.bank # drawn by what the run starts from, whatever adapters come
     if method.start: method.start.prepare(work)
     banks, blind = dict(before=work.before), work.sample_blind("before")
     _ = work.bounds # all processes score
-    drop_scorers() # nothing is scored before training has ended
-    freed()
-    method.losers.prepare(work)
-    add_trained(work.policy, run.base.options, run.rank, run.seed)
-    loss, backward, memory = objective(work)
-    weights, log = fit(work.policy, loss, loop, out, backward, memory, work.show if run.judging.show else None)
-    loss = backward = memory = None # they hold pairs and states
+    for k in range(1, run.rounds):
+        one_round(work, loop)
+        banks[f"round-{k}"] = work.sample(out/f"bank-round-{k}", work.probes, m)
+        blind |= work.sample_blind(f"round-{k}")
+        _ = work.bank, run.judging.reward and work.scores
+    weights, log = trained(work, loop, out)
     finish(work, weights, log, state)
+    if work.joined: work.on = {} # its adapter holds them
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
         banks[variant] = work.sample(out/f"bank-{variant}", work.probes, m)
@@ -564,14 +678,14 @@ def finish(work:Work, weights:dict[str, Tensor], log:pd.DataFrame, state)->None:
     if state.is_main_process and not run_done(out):
         write_table(out/"log.parquet", log)
         if work.bounds: work.bounds.save(out/"bounds.json")
-        save_adapter(policy, out/"adapter")
+        work.write(policy, out/"adapter")
         if isinstance(run.method.losers, Made): write_table(out/"preference.parquet", held_out_preference(work))
         if (out/"kept").exists():
             drifts = kept_drifts(out, policy, work.crops, run.patch, run.drift)
             write_table(out/"drift.parquet", drifts)
             if run.drift:
                 put(policy.net, load_file(out/"kept"/f"{drifts.step[drifts.chosen].item():08d}.safetensors"))
-                save_adapter(policy, out/"matched-adapter")
+                work.write(policy, out/"matched-adapter")
     state.wait_for_everyone()
 
 def judge(work:Work, banks:dict[str, Path], state, blind:dict[str, Path])->None:

@@ -69,6 +69,7 @@ def _columns(bank:Path, metrics, reward, normaliser, photos)->tuple[dict, dict]:
         columns["reward"] = bank_reward(table, reward, ids, normaliser).tolist()
         about["reward"] = dict(name=reward.name, fr=[m.name for m in reward.fr], nr=[m.name for m in reward.nr],
                                normaliser=repr(normaliser))
+        if reward.weights: about["reward"]["weights"] = list(reward.weights)
     if known := {p.id: {k: getattr(p, k) for k in _PHOTO} for p in photos}:
         if lost := [i for i in ids if i not in known]:
             raise ValueError(f"no photograph of id {lost[0]!r} among the {len(known)} given; give all or none")

@@ -11,8 +11,9 @@ __all__ = ['Channel', 'Scorer', 'PSNR_Y', 'SSIM_Y', 'LSD', 'ST_LPIPS_ALEX', 'ST_
            'rgb', 'luma', 'psnr', 'psnr_y', 'ssim', 'ssim_y', 'lsd', 'MetricUnavailable', 'MetricMismatch', 'Metric',
            'scorer_of', 'park_scorers', 'drop_scorers', 'check_available', 'check_scores', 'score', 'score_group',
            'check_repeats', 'lpips_metric', 'prove_lpips', 'deep_loss', 'st_lpips_loss', 'niqe_parameters',
-           'brisque_parameters', 'pyiqa_metric', 'orient', 'GroupMinMax', 'GlobalBounds', 'fit_bounds', 'Reward',
-           'hybrid', 'ladder_images', 'ladder_table', 'check_ladder', 'pair_agreement']
+           'brisque_parameters', 'pyiqa_metric', 'orient', 'GroupMinMax', 'GroupZScore', 'GroupRank', 'ByMetric',
+           'GlobalBounds', 'fit_bounds', 'Reward', 'hybrid', 'ladder_images', 'ladder_table', 'check_ladder',
+           'pair_agreement']
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-004
 import contextlib
@@ -669,6 +670,44 @@ class GroupMinMax:
         lo, hi = v.aminmax()
         return (v-lo)/(hi-lo) if hi > lo else torch.full_like(v, self.constant)
 
+# %% ../nbs/20_rewards.ipynb #20-scales-2
+def _group(values, metric:Metric, what:str)->Tensor: # oriented scores of at least two candidates
+    v = orient(check_scores(values, metric), metric)
+    if len(v) < 2: raise ValueError(f"group {what} compares candidates: {metric.name} has M = 1, need at least 2")
+    return v
+
+@dataclass(frozen=True)
+class GroupZScore:
+    "Mean and standard deviation of the group become 0 and 1"
+    def __call__(self,
+        values,        # (M,) raw scores of one group
+        metric:Metric,
+    )->Tensor:         # (M,) float64, mean 0, mean square 1 (0 if they tie), larger is better
+        v = _group(values, metric, "z-score")
+        return (v-v.mean())/v.std(correction=0) if v.max() > v.min() else torch.zeros_like(v)
+
+@dataclass(frozen=True)
+class GroupRank:
+    "The share of the other candidates of its group that each one beats"
+    def __call__(self,
+        values,        # (M,) raw scores of one group
+        metric:Metric,
+    )->Tensor:         # (M,) float64, [0, 1], larger is better
+        v = _group(values, metric, "rank")
+        apart = v[:, None]-v
+        return ((apart > 0).double()+.5*(apart == 0)).sum(1).sub(.5)/(len(v)-1) # it ties with itself
+
+@dataclass(frozen=True)
+class ByMetric:
+    "A scale for each metric: (metric's name, (values, metric) -> (M,)), ..."
+    of:tuple[tuple[str, Callable], ...]
+    rest:Callable=GroupMinMax() # of the metrics that are not named
+    def __call__(self,
+        values,        # (M,) raw scores of one group
+        metric:Metric,
+    )->Tensor:         # (M,) float64, larger is better
+        return dict(self.of).get(metric.name, self.rest)(values, metric)
+
 # %% ../nbs/20_rewards.ipynb #20-rewards-050
 @dataclass(frozen=True)
 class GlobalBounds:
@@ -713,6 +752,7 @@ class Reward:
     name:str
     fr:tuple[Metric, ...]=()
     nr:tuple[Metric, ...]=()
+    weights:tuple[float, ...]=() # above zero, of fr, then of nr, in their order; none: all alike
     def __post_init__(self):
         names = [m.name for m in self.metrics]
         if not names: raise ValueError(f"reward {self.name} holds no metric")
@@ -721,6 +761,9 @@ class Reward:
             wrong = [m.name for m in part if m.kind != kind]
             if wrong:
                 raise ValueError(f"reward {self.name}: {', '.join(wrong)} stands under {kind} but is of the other kind")
+        if self.weights and (len(self.weights) != len(names) or not all(0 < o < math.inf for o in self.weights)):
+            raise ValueError(f"reward {self.name}: weights must be one number above zero for each of "
+                             f"{', '.join(names)}, got {list(self.weights)}; leave a metric out that shall not vote")
     @property
     def metrics(self)->tuple[Metric, ...]: return (*self.fr, *self.nr)
 
@@ -737,8 +780,12 @@ def hybrid(
     scaled = {m.name: normaliser(scores[m.name], m) for m in reward.metrics}
     if len({len(v) for v in scaled.values()}) > 1:
         raise ValueError(f"numbers of candidates differ: { {k: len(v) for k, v in scaled.items()} }")
+    if reward.weights:
+        scaled = {n: w*v for (n, v), w in zip(scaled.items(), reward.weights, strict=True)}
+        said = dict(zip(scaled, reward.weights, strict=True))
     halves = [torch.stack([scaled[m.name] for m in part]).mean(0) for part in (reward.fr, reward.nr) if part]
-    return torch.stack(halves).mean(0)
+    if not reward.weights: return torch.stack(halves).mean(0)
+    return sum(halves)/sum(sum(said[m.name] for m in part)/len(part) for part in (reward.fr, reward.nr) if part)
 
 # %% ../nbs/20_rewards.ipynb #20-rewards-062
 DP2O = Reward("dp2o", fr=(LPIPS_VGG_PYIQA, TOPIQ_FR, AFINE_FR),

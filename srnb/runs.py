@@ -40,7 +40,7 @@ from .downstream import Agreement
 from .pairs import draw_winners
 from .paths import SAMPLERS, Flow, VPEps, VPV
 from .plan import check_whole
-from .policies import (Policy, check_policy, from_pretrained, input_grid, policy_folder, save_adapter,
+from .policies import (Policy, base_of, check_policy, from_pretrained, input_grid, policy_folder, save_adapter,
                            save_pretrained, usual_dtype)
 from .rewards import (OFFLINE, PSNR_Y, ST_LPIPS_VGG, GlobalBounds, Metric, Reward, check_available, hybrid,
                           luma)
@@ -184,10 +184,12 @@ class Base(Checked):
     options:BackboneOptions = BackboneOptions() # of a backbone
     sample_batch:int = 0       # samples computed together, halved when memory runs out; 0: 1 on a CPU, 8 elsewhere
     colour:Colour = Colour()   # of samples, before they are scored or shown
+    adapter:str|None = None    # folder of an earlier run, or of its adapter, which a `Run` starts from: its reference
     def check(self):
         self.at_least(1, "sample_steps")
         self.at_least(0, "sample_batch")
         settle(self)
+        if self.adapter is not None: base_of(self.adapter)
         if own_file(self.backbone): from_file(self.backbone, "Base.backbone")
         elif not is_backbone(self.backbone): check_policy(self.backbone, "Base.backbone")
 
@@ -260,7 +262,8 @@ def record_of(
 
 BLIND = (".judging.blind", ".config.blind") # a folder that may be moved: what it holds is recorded
 # what changes how fast a result is there, in how much memory, or what is shown meanwhile
-FREE = (".base.sample_batch", ".options.checkpointing", ".options.offload_vae", ".judging.show", ".log_with", *BLIND)
+FREE = (".base.sample_batch", ".options.checkpointing", ".options.offload_vae", ".judging.show", ".log_with",
+        ".base.adapter", *BLIND)
 
 def is_done(
     out:Path,

@@ -91,6 +91,7 @@ def plans_of(
     states, online, wanted = losers.states(run), isinstance(losers, Own), run.m
     batch = min(run.base.sample_batch or 8, max(wanted, run.judging.eval_m)) # 8: `Policy.sample` on a card
     others = [run.rank]*(method.start is not None) + [run.rank]*online # the start; the snapshot
+    if run.rounds > 1: others.append(run.rank*(run.rounds-1)) # of the rounds before the last
     if isinstance(losers, Adversary): others.append(losers.adversary_rank)
     if not isinstance(losers, Nobody): way = replace(way, rows=2)
     way = replace(way, frozen=(method.link is not None)+losers.forwards(run)/states, others=tuple(others),

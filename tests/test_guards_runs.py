@@ -30,7 +30,7 @@ from srnb.nets import OneStepConfig, OneStepUNet, RRDBConfig, RRDBNet, SmallUNet
 from srnb.onestep import CTMSRRun, Match, evaluate_base, onestep_loss
 from srnb.pairs import Draw, Logistic, draw_loss, split_backward
 from srnb.paths import SAMPLERS, VPV, Shift
-from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_pretrained
+from srnb.policies import PixelCodec, Policy, from_pretrained, load_adapter, save_adapter, save_pretrained
 from srnb.rewards import (PIQE, PSNR_Y, ST_LPIPS_ALEX, ST_LPIPS_VGG, GlobalBounds, GroupMinMax, Reward, hybrid,
                           score_group)
 from srnb.runs import Data, record_of
@@ -162,6 +162,7 @@ EVERY = { # of every Run
     "base.colour.fix": ("wavelet", "bank before after metrics"),
     "base.colour.strength": (.5, "bank before after", {"base.colour.fix": "adain"}),
     "base.colour.linear": (True, "bank before after", {"base.colour.fix": "adain"}), "base.sample_batch": (2, ""),
+    "base.adapter": (given("adapter"), "before log adapter"),
     "base.options.control": ("folder", NONE), "base.options.train": ("control", NONE),
     "base.options.guidance": (2., NONE), "base.options.negative": ("noise", NONE),
     "base.options.control_scale": (.5, NONE), "base.options.max_tokens": (77, NONE),
@@ -177,6 +178,7 @@ EVERY = { # of every Run
     "judging.blind": (given("wild"), "blind blind-before blind-after", {"judging.judges": ("psnr_y", "piqe")}),
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
     "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
+    "rounds": (2, "!a round draws a bank of its own"),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
@@ -188,13 +190,16 @@ PULL = {k: (v, "log policy") for k, v in dict(l1=.5, lpips=.8, lattice=3., flat=
 OWN = { # of one setting
     "dp2o": {
         "method.winners": ({"is": "Expert", "n": 2}, "!Bottom lose to Top"),
+        "rounds": (2, "round adapter metrics"), "base.adapter": (given("adapter"), "bank before log adapter metrics"),
         "method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log"),
+        "method.winners.scale": ({"is": "GroupRank"}, "log"),
         "method.losers": ({"is": "Own", "cells": 2}, "log adapter"), "method.losers.intra": (False, "log"),
         "method.losers.inter": (False, "log"), "method.losers.pairs": (given("pairs"), "log adapter"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.link.kappa": (20., "log"),
         "method.safeguard": (True, "log adapter"), "judging.reward": ("offline_fr", "bounds log metrics")},
     "asasr": {
         "method.winners": ({"is": "Top", "n": 2}, "!Adversary lose to Photograph"),
+        "base.adapter": (given("adapter"), "!is the reference, and so would be what Method.start trains"),
         "method.losers": ({"is": "Riesz"}, "log adapter"), "method.losers.lam": (.1, "log adapter"),
         "method.losers.outputs": (("base", "bicubic"), "bank adversary adapter"),
         "method.losers.adversary_rank": (4, "adversary log"), "method.link": ({"is": "Hinge", "gate": 1.}, "log"),
@@ -214,6 +219,7 @@ OWN = { # of one setting
         "method.link": ("Logistic", "log"), "method.link.gate": (2., "log")},
     "dpo": {
         "method.winners": ({"is": "Top", "n": 2}, "!Samples lose to Photograph", {"judging.reward": "offline_nr"}),
+        "rounds": (2, "round adapter metrics"),
         "method.losers": ({"is": "Given", "outputs": ["bicubic"]}, "log adapter"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log")},
     "sft": {
@@ -222,7 +228,8 @@ OWN = { # of one setting
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.safeguard": (True, "!there are no losers")},
     "riesz": {"method.losers.radius": (.1, "log adapter")},
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
-    "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
+    "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter"),
+               "method.winners.scale": ({"is": "GroupRank"}, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
     "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
         control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
@@ -259,8 +266,8 @@ TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[
 PLACES = {"out", "banks"} # fields that name places alone
 BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank") # what is made of training crops
 OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary", "stage1"} # who must differ there shares nothing
-NAMES = {"bank-after": "after", "held_out": "after", "started-before": "before", "reference-adversary": "adversary",
-         "blind-started-before": "blind-before"}
+NAMES = {"bank-after": "after", "begun-bank": "bank", "held_out": "after", "started-before": "before",
+         "reference-adversary": "adversary", "blind-started-before": "blind-before"}
 
 
 def marked(setting, path):
@@ -326,6 +333,9 @@ def world(tmp_path_factory):
     for k, (name, more) in enumerate((("tiny", "onestep"), ("tiny2", "onestep2"))):
         w[name] = random_policy(top/name, SmallUNet(small), seed=2*k)
         w[more] = random_policy(top/more, OneStepUNet(one_step), Shift(), Shift(), PixelCodec(), seed=k)
+    policy = from_pretrained(w["tiny"])
+    for p in policy.add_lora(3, seed=1): p.data.add_(.05*torch.randn(p.shape, generator=generator(7)))
+    w["adapter"] = str(save_adapter(policy, top/"adapter")) # of an earlier run
     for k, name in enumerate(("restorer", "restorer2")):
         w[name] = random_policy(top/name, RRDBNet(RRDBConfig(8, 4, 2, 8)), Shift(), Shift(), PixelCodec(), seed=k,
                                 gain=1.)
@@ -438,7 +448,7 @@ def test_a_preset_is_the_method_of_its_paper():
     def logistic(kappa): return {"is": "Logistic", "kappa": kappa}
     assert said("sft") == method(0., photograph, {"is": "Nobody"}, None)
     assert said("dpo") == method(0., photograph, {"is": "Samples"}, logistic(3000.))
-    assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False},
+    assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False, "scale": None},
                                   {"is": "Bottom", "intra": True, "inter": True, "pairs": None}, logistic(1000.))
     assert said("asasr") == method(1.5, photograph, adversary, logistic(10_000.), start)
     assert said("dro") == method(0., photograph, {"is": "Own", "every": 16, "capacity": 8, "refresh": 8, "cells": 10},

@@ -93,6 +93,7 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         dp2o=lambda: dp2o,
         more=lambda: replace(dp2o, loop=replace(LOOP, parts=4, ema=.5)), # two micro-batches a process
         guarded=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True)),
+        rounds=lambda: replace(dp2o, rounds=2, base=replace(dp2o.base, adapter=str(one("dp2o")))),
         rows=lambda: replace(dp2o, rows=1),
         guarded_rows=lambda: replace(dp2o, method=replace(dp2o.method, safeguard=True), rows=1),
         given=lambda: adversarial(Given(("base",))),
@@ -121,7 +122,7 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
 
 ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
-                              for o in ("guarded", "given", "online", "riesz", "guarded_rows"))]
+                              for o in ("guarded", "given", "online", "riesz", "guarded_rows", "rounds"))]
 
 
 @pytest.mark.parametrize("name", ONE)
