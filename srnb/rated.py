@@ -116,14 +116,14 @@ def crd_loss(
     advantage:Tensor, # (n,K) in spreads
     beta:float=1000., # > 0, per unit of energy: candidates a spread apart shall differ by 1/beta
 )->Tensor:            # (n,)
-    "Least squares on advantages, both less the mean of the group [centred reward distillation]"
+    "Least squares on advantages, both less the mean of the group [CRD]"
     if not beta > 0: raise ValueError(f"beta must be positive, got {beta}; turn the rewards to turn the direction")
     def centred(o): return o-o.mean(1, keepdim=True)
     return (beta*centred(quality)-centred(advantage)).square().mean(1)/(2*beta)
 
 @dataclass(frozen=True)
 class CRD(RatedLink):
-    "CRD's link [centred reward distillation]"
+    "CRD's link [CRD]"
     beta:float = 1000.    # candidates a spread apart shall differ by 1/beta in their gaps
     adaptive:bool = False # each error over its own mean absolute value; beta has another unit then
     def check(self): self.positive("beta")
@@ -189,7 +189,7 @@ def rated_loss(
     rows:int=0,           # states whose activations are held at once; 0: all of them
     old:Sequence[str]|None=None, # adapters of the old policy; None: it is the reference
 )->Callable:              # (step, part) -> (values (n,), logs, with rows a RatedPass), for `fit`
-    "Loss of rated candidates [DiffusionNFT; DGPO; centred reward distillation]"
+    "Loss of rated candidates [DiffusionNFT; DGPO; CRD]"
     def loss(step, part):
         d = draw(step, part)
         with policy.reference() if old is None else policy.using(*old): was = residuals(policy, d, rows)
