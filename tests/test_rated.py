@@ -62,7 +62,7 @@ def test_nft_adaptive_by_hand():
 def test_dgpo_by_hand():
     gap, a = torch.tensor([[.2, -.1]], dtype=torch.float64), torch.tensor([[1., -1.]]).double()
     check_close(dgpo_loss(gap, a, 4.), [math.log(1+math.exp(4*.15))], atol=1e-12) # mean of .2 and .1
-    check_close(dgpo_loss(gap, a, 4.), dpo_loss(torch.tensor([-.3]).double(), 2.), atol=1e-12)
+    check_close(dgpo_loss(gap, a, 4.), dpo_loss(torch.tensor([-.3], dtype=torch.float64), 2.), atol=1e-12)
     check_close(dgpo_loss(0*gap, a, 4.), [math.log(2)], atol=1e-12)
     w = 1/(1+math.exp(-.6))
     check_close(slope(lambda o: dgpo_loss(o, a, 4.), gap), [[2*w, -2*w]], atol=1e-12)
