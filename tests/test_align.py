@@ -138,7 +138,8 @@ SMALL = {Top: Top(1), Expert: Expert(1), Given: Given(("bicubic", "base")), Ries
          type(None): None, Candidates: Candidates(2), Fresh: Fresh(2, 1, 1), DGPO: DGPO(10.), CRD: CRD(10.)}
 CHOICES = {f.name: [SMALL[k] if k in SMALL else k() for k in get_args(f.type)] for f in fields(Method)}
 MEET = {Bottom: {Top}, Samples: {Photograph}, Given: {Photograph}, Adversary: {Photograph}, Riesz: {Photograph},
-        Own: {Photograph, Top, Expert}, Nobody: {Photograph, Top, Expert}, Candidates: {Rated}, Fresh: {Rated}} # losers -> winners that they can lose to
+        Own: {Photograph, Top, Expert}, Nobody: {Photograph, Top, Expert}, Candidates: {Rated},
+        Fresh: {Rated}} # losers -> winners that they can lose to
 
 
 def name(o): return type(o).__name__

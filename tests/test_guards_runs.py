@@ -252,8 +252,7 @@ OWN = { # of one setting
     "nft_online": RATED | {
         "method.losers": ({"is": "Candidates", "k": 3}, "log adapter"), "method.losers.k": (2, "log adapter"),
         "method.losers.crops": (2, "log adapter"), "method.losers.every": (2, "log adapter"),
-        "method.losers.decay": (.1, "log"), "method.losers.ramp": (.1, "log"), "judging.m": (5, "bank bounds"),
-        "data.take": (1, "before adapter", {"loop.steps": 6})},
+        "method.losers.decay": (.1, "log"), "method.losers.ramp": (.1, "log"), "judging.m": (5, "bank bounds")},
     "dgpo": RATED | {"method.link": ({"is": "CRD", "beta": 10.}, "log"), "method.link.kappa": (20., "log")},
     "crd": RATED | {"method.link": ({"is": "DGPO", "kappa": 10.}, "log"), "method.link.beta": (20., "log"),
                     "method.link.adaptive": (True, "log")},
@@ -309,7 +308,7 @@ def marked(setting, path):
     loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
     fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
     if setting in ("nft", "nft_online", "dgpo", "crd"): # what is not in nft's own code is in others
-        fast = path in OWN[setting] and (setting == "nft" or path not in RATED)
+        fast = path in OWN[setting] and (setting == "nft" or path not in RATED) and path.startswith("method.")
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
@@ -506,7 +505,8 @@ def test_a_flat_name_is_the_highest_field():
 CHANGES = [marked(s, p) for s in SETTINGS for p in own_paths(s)]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [pytest.param(o, marks=[pytest.mark.repeat]*(o in ("nft_online", "dgpo", "crd")))
+                                     for o in SETTINGS])
 def test_every_field_is_in_the_record_of_a_run_which_can_be_run_again(runs, setting):
     "Folders apart, which may be moved; what stands behind the name of a reader's own object is recorded as well"
     def again(run): return from_json(json.loads(json.dumps(dict(run=type(run).__name__, config=record(run)))))
@@ -550,7 +550,8 @@ def test_what_a_field_must_leave_alone(runs, setting, path, what):
     assert [n for n in what.split() if before[n] != after[n]] == []
 
 
-@pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr", "nft_online"])
+@pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr",
+                                     pytest.param("nft_online", marks=pytest.mark.repeat)])
 def test_the_same_config_leaves_the_same(runs, setting):
     "Without this the test above would show nothing; and sharing changes nothing"
     assert runs.base(setting)[2] == runs.run(setting)[2]
@@ -560,7 +561,7 @@ STILL = {"loop.lr": 1e-12} # nothing moves
 
 
 @pytest.mark.parametrize("setting, column", [
-    ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"), ("nft_online", "error"),
+    ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"), pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_every_micro_batch_of_every_step_is_a_draw_of_its_own(runs, setting, column):
     "Two micro-batches are not twice the first; a step that moves nothing is followed by another batch"
@@ -578,7 +579,7 @@ def test_so_is_every_micro_batch_of_an_earlier_stage(runs, path, stage):
 
 
 @pytest.mark.parametrize("setting, column", [
-    ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"), ("nft_online", "error"),
+    ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"), pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_another_seed_draws_other_batches_and_another_adapter(runs, setting, column):
     "The first step's log knows the batch alone: every base is the same, and an adapter begins with B = 0"
