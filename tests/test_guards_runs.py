@@ -561,7 +561,8 @@ STILL = {"loop.lr": 1e-12} # nothing moves
 
 
 @pytest.mark.parametrize("setting, column", [
-    ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"), pytest.param("nft_online", "error", marks=pytest.mark.repeat),
+    ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"),
+    pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_every_micro_batch_of_every_step_is_a_draw_of_its_own(runs, setting, column):
     "Two micro-batches are not twice the first; a step that moves nothing is followed by another batch"
@@ -579,7 +580,8 @@ def test_so_is_every_micro_batch_of_an_earlier_stage(runs, path, stage):
 
 
 @pytest.mark.parametrize("setting, column", [
-    ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"), pytest.param("nft_online", "error", marks=pytest.mark.repeat),
+    ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"),
+    pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_another_seed_draws_other_batches_and_another_adapter(runs, setting, column):
     "The first step's log knows the batch alone: every base is the same, and an adapter begins with B = 0"
