@@ -308,7 +308,8 @@ def marked(setting, path):
     loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
     fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
     if setting in ("nft", "nft_online", "dgpo", "crd"): # what is not in nft's own code is in others
-        fast = path in OWN[setting] and (setting == "nft" or path not in RATED) and path.startswith("method.")
+        fast = setting in ("nft", "nft_online") and path in OWN[setting] and path.startswith("method.") and (
+            setting == "nft" or path not in RATED)
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
