@@ -20,7 +20,8 @@ from typing import Union, get_args, get_origin
 
 import torch
 
-from .align import ASASR, DP2O, DPO, DRO, SFT, Adversary, Nobody, Own, Run, align
+from .align import (ASASR, CENTRED, DP2O, DPO, DRO, GROUPED, OFFLINE_NFT, ONLINE_NFT, SFT, Adversary, Candidates,
+                        Fresh, Nobody, Own, Run, align)
 from .backbones import hush, is_backbone
 from .config import coerced, fill, name_of, nearest, own_file, revive
 from .degrade import Degradation
@@ -50,12 +51,18 @@ def presets()->dict[str, tuple[str, object]]: # name -> (what it is, run)
     def run(name, method, **change): return Run(f"runs/{name}", method, **change)
     no_reward = dict(judging=Judging(None, judges=("psnr_y", "ssim_y", "lsd", "st_lpips_alex", "piqe")))
     pairs = dict(data=Data(places=2), judging=Judging(m=16), loop=Loop(save_every=25, log_every=5), batch=2)
+    rated = dict(pairs, batch=4)
+    fresh = dict(data=Data(places=2), loop=pairs["loop"], batch=4)
     kept = dict(loop=Loop(steps=60, lr=1e-4, save_every=20, log_every=5, keep_every=5))
     return dict(
         dp2o=("DP2O-SR: the best of the policy's own samples against the worst", run("dp2o", DP2O, **pairs)),
         asasr=("ASASR: photographs against what an adversary makes of them", run("asasr", ASASR, **no_reward, **kept)),
         dro=("Diffusion-DRO: photographs against the policy's own states", run("dro", DRO)),
         dpo=("Diffusion-DPO: photographs against samples", run("dpo", DPO)),
+        nft=("DiffusionNFT on the policy's own samples, drawn once", run("nft", OFFLINE_NFT, **rated)),
+        nft_online=("DiffusionNFT on samples that the policy draws as it goes", run("nft_online", ONLINE_NFT, **fresh)),
+        dgpo=("DGPO: each group of samples against itself", run("dgpo", GROUPED, **rated)),
+        crd=("centred reward distillation: the margins that rewards ask for", run("crd", CENTRED, **rated)),
         sft=("supervised fine-tuning of an adapter", run("sft", SFT)),
         ctmsr=("CTMSR: a one-step network by consistency training and matching", CTMSRRun("runs/ctmsr")),
         distil=("a small restorer from Real-ESRGAN, or from your own", DistilRun("runs/distil")),
@@ -89,11 +96,13 @@ def plans_of(
     if alone: return [plan(architecture, run.patch, run.batch, way, **how)] # supervised, without a reference
     method, losers = run.method, run.method.losers
     states, online, wanted = losers.states(run), isinstance(losers, Own), run.m
+    if isinstance(losers, Fresh): wanted = max(wanted, losers.k)
     batch = min(run.base.sample_batch or 8, max(wanted, run.judging.eval_m)) # 8: `Policy.sample` on a card
-    others = [run.rank]*(method.start is not None) + [run.rank]*online # the start; the snapshot
+    snapshot = online or isinstance(losers, Fresh)
+    others = [run.rank]*(method.start is not None) + [run.rank]*snapshot # the start; the snapshot
     if run.rounds > 1: others.append(run.rank*(run.rounds-1)) # of the rounds before the last
     if isinstance(losers, Adversary): others.append(losers.adversary_rank)
-    if not isinstance(losers, Nobody): way = replace(way, rows=2)
+    if not isinstance(losers, (Nobody, Candidates, Fresh)): way = replace(way, rows=2)
     way = replace(way, frozen=(method.link is not None)+losers.forwards(run)/states, others=tuple(others),
                   apart=method.safeguard or online)
     if run.rows: # a piece of a micro-batch, beside the gradients of earlier ones; with the forward of the first pass

@@ -67,6 +67,14 @@ def online(w):
     return aligned(w) | losers | {"method.link.gate": 1., "loop.steps": 3, "batch": 2}
 
 
+def rated(w): return aligned(w) | {"judging.reward": "offline_nr", "method.losers.k": 3}
+
+
+def fresh(w):
+    losers = below("method.losers", dict(crops=1, every=1, decay=.6, ramp=.4))
+    return rated(w) | losers | {"loop.steps": 3, "method.winners.frozen": False}
+
+
 def patches(w):
     return dict(photos=(w["train"],), degradation="resshift_test", versions=1, max_side=112, patch=32, batch=2,
                 precision="no") | below("loop", FEW)
@@ -95,6 +103,7 @@ def one_step(w): return matched(w) | below("net", dict(channels=(16, 16), blocks
 GIVEN = {"method.losers": {"is": "Given", "outputs": ["bicubic", "base"]}, "method.start": None}
 SETTINGS = dict( # name -> preset, the choices that make another method of it, how it is made small
     dp2o=("dp2o", {}, by_reward), asasr=("asasr", {}, imitated), dro=("dro", {}, online), dpo=("dpo", {}, aligned),
+    nft=("nft", {}, rated), nft_online=("nft_online", {}, fresh), dgpo=("dgpo", {}, rated), crd=("crd", {}, rated),
     sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
     distil=("distil", {}, distilled),
     given=("asasr", GIVEN, lambda w: aligned(w) | {"method.link.kappa": 100.}),
@@ -187,6 +196,16 @@ PATCHES = dict( # of a network trained from patches
     precision=("bf16", "log policy"), init=(given("tiny"), "!leave net out")
     ) | below("net", dict(channels=((16, 32), "policy"), blocks=((1, 2), "policy"), emb=(32, "policy")))
 PULL = {k: (v, "log policy") for k, v in dict(l1=.5, lpips=.8, lattice=3., flat=9.).items()}
+RATED = { # whose code is that of nft
+    "method.winners": ({"is": "Top", "n": 2}, "!lose to Rated"),
+    "method.winners.how.overall": (lambda w, run: not run.method.winners.how.overall, "log"),
+    "method.winners.how.clip": (.3, "log adapter"),
+    "method.winners.frozen": (lambda w, run: not run.method.winners.frozen, "log"),
+    "method.losers": ({"is": "Fresh", "k": 3, "crops": 1}, "log adapter"), "method.losers.k": (2, "log adapter"),
+    "method.link": ({"is": "DGPO", "kappa": 10.}, "log"), "method.link.beta": (2., "log"),
+    "method.link.adaptive": (True, "log"), "method.link.full": (.5, "log adapter"),
+    "method.safeguard": (True, "!rated candidates are not parted"),
+    "judging.reward": ("offline_fr", "log metrics")}
 OWN = { # of one setting
     "dp2o": {
         "method.winners": ({"is": "Expert", "n": 2}, "!Bottom lose to Top"),
@@ -194,7 +213,8 @@ OWN = { # of one setting
         "method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log"),
         "method.winners.scale": ({"is": "GroupRank"}, "log"),
         "method.losers": ({"is": "Own", "cells": 2}, "log adapter"), "method.losers.intra": (False, "log"),
-        "method.losers.inter": (False, "log"), "method.losers.pairs": (given("pairs"), "log adapter"),
+        "method.losers.inter": (False, "log"), "method.losers.tracked": (True, "log adapter"),
+        "method.losers.pairs": (given("pairs"), "log adapter"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.link.kappa": (20., "log"),
         "method.safeguard": (True, "log adapter"), "judging.reward": ("offline_fr", "bounds log metrics")},
     "asasr": {
@@ -226,6 +246,22 @@ OWN = { # of one setting
         "method.winners": ({"is": "Top", "n": 2}, "log adapter", {"judging.reward": "offline_nr"}),
         "method.losers": ({"is": "Own", "cells": 2}, "!Own go with Logistic or Hinge"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "method.safeguard": (True, "!there are no losers")},
+    "nft": {
+        "method.winners": ({"is": "Top", "n": 2}, "!Candidates lose to Rated"),
+        "method.winners.how.overall": (False, "log"), "method.winners.how.clip": (.3, "log adapter"),
+        "method.winners.frozen": (False, "log"),
+        "method.losers": ({"is": "Fresh", "k": 3, "crops": 1}, "log adapter"), "method.losers.k": (2, "log adapter"),
+        "method.link": ({"is": "DGPO", "kappa": 10.}, "log"), "method.link.beta": (2., "log"),
+        "method.link.adaptive": (True, "log"), "method.link.full": (.5, "log adapter"),
+        "method.safeguard": (True, "!rated candidates are not parted"),
+        "judging.reward": ("offline_fr", "bounds log metrics")},
+    "nft_online": RATED | {
+        "method.losers": ({"is": "Candidates", "k": 3}, "log adapter"), "method.losers.k": (2, "log adapter"),
+        "method.losers.crops": (2, "log adapter"), "method.losers.every": (2, "log adapter"),
+        "method.losers.decay": (.1, "log"), "method.losers.ramp": (.1, "log"), "judging.m": (5, "bank bounds")},
+    "dgpo": RATED | {"method.link": ({"is": "CRD", "beta": 10.}, "log"), "method.link.kappa": (20., "log")},
+    "crd": RATED | {"method.link": ({"is": "DGPO", "kappa": 10.}, "log"), "method.link.beta": (20., "log"),
+                    "method.link.adaptive": (True, "log")},
     "riesz": {"method.losers.radius": (.1, "log adapter")},
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter"),
@@ -261,10 +297,13 @@ OWN = { # of one setting
             ) | looped("match.match_loop", "policy", "log", "!refresh") | {
         "net.tail": (16, "policy"), "net.scale": (2, "policy")},
     "warm": dict(init=(given("tiny2"), "log policy")), "continued": dict(init=(given("onestep2"), "log policy"))}
+OWN = {s: {p: v for p, v in o.items() if s not in ("nft_online", "dgpo", "crd") or p in paths_of(s)}
+       for s, o in OWN.items()} # what they share may name another link's fields
 TABLE = {s: (EVERY if s in ALIGNED else OWN[SETTINGS[s][0]]) | OWN.get(SETTINGS[s][0], {}) | OWN.get(s, {})
          for s in SETTINGS}
 PLACES = {"out", "banks"} # fields that name places alone
-BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank") # what is made of training crops
+BANK = dict(dp2o="bank", dpo="bank", asasr="outputs", given="outputs", expert="bank",
+            nft="bank", nft_online="bank", dgpo="bank", crd="bank") # what is made of training crops
 OWN_BANKS = {"bank", "before", "outputs", "reference", "adversary", "stage1"} # who must differ there shares nothing
 NAMES = {"bank-after": "after", "begun-bank": "bank", "held_out": "after", "started-before": "before",
          "reference-adversary": "adversary", "blind-started-before": "blind-before"}
@@ -275,6 +314,9 @@ def marked(setting, path):
     *_, top, name = "", *path.split(".")
     loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
     fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
+    if setting in ("nft", "nft_online", "dgpo", "crd"): # what is not in nft's own code is in others
+        fast = setting in ("nft", "nft_online") and path in OWN[setting] and path.startswith("method.") and (
+            setting == "nft" or path not in RATED)
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
@@ -449,10 +491,17 @@ def test_a_preset_is_the_method_of_its_paper():
     assert said("sft") == method(0., photograph, {"is": "Nobody"}, None)
     assert said("dpo") == method(0., photograph, {"is": "Samples"}, logistic(3000.))
     assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False, "scale": None},
-                                  {"is": "Bottom", "intra": True, "inter": True, "pairs": None}, logistic(1000.))
+                                  {"is": "Bottom", "intra": True, "inter": True, "pairs": None, "tracked": False},
+                                  logistic(1000.))
     assert said("asasr") == method(1.5, photograph, adversary, logistic(10_000.), start)
     assert said("dro") == method(0., photograph, {"is": "Own", "every": 16, "capacity": 8, "refresh": 8, "cells": 10},
                                  {"is": "Hinge", "gate": .001})
+    def rated(overall=True): return {"is": "Rated", "how": dict(overall=overall, clip=5.), "frozen": True}
+    bank, nft = {"is": "Candidates", "k": 8}, {"is": "NFT", "beta": 1., "adaptive": False, "full": 2.}
+    online = {"is": "Fresh", "k": 8, "crops": 2, "every": 10, "decay": .5, "ramp": .001}
+    assert said("nft") == method(0., rated(), bank, nft) and said("nft_online") == method(0., rated(), online, nft)
+    assert said("dgpo") == method(0., rated(False), bank, {"is": "DGPO", "kappa": 2000.})
+    assert said("crd") == method(0., rated(), bank, {"is": "CRD", "beta": 1000., "adaptive": False})
 
 
 def own_paths(setting): # those whose other value the table has for this very setting
@@ -467,7 +516,8 @@ def test_a_flat_name_is_the_highest_field():
 CHANGES = [marked(s, p) for s in SETTINGS for p in own_paths(s)]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [pytest.param(o, marks=[pytest.mark.repeat]*(o in ("nft_online", "dgpo", "crd")))
+                                     for o in SETTINGS])
 def test_every_field_is_in_the_record_of_a_run_which_can_be_run_again(runs, setting):
     "Folders apart, which may be moved; what stands behind the name of a reader's own object is recorded as well"
     def again(run): return from_json(json.loads(json.dumps(dict(run=type(run).__name__, config=record(run)))))
@@ -511,7 +561,8 @@ def test_what_a_field_must_leave_alone(runs, setting, path, what):
     assert [n for n in what.split() if before[n] != after[n]] == []
 
 
-@pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr"])
+@pytest.mark.parametrize("setting", ["base", "dp2o", "asasr", "dro", "ctmsr",
+                                     pytest.param("nft_online", marks=pytest.mark.repeat)])
 def test_the_same_config_leaves_the_same(runs, setting):
     "Without this the test above would show nothing; and sharing changes nothing"
     assert runs.base(setting)[2] == runs.run(setting)[2]
@@ -522,6 +573,7 @@ STILL = {"loop.lr": 1e-12} # nothing moves
 
 @pytest.mark.parametrize("setting, column", [
     ("base", "flow"), ("ctmsr", "consistency"), ("sft", "loss"),
+    pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_every_micro_batch_of_every_step_is_a_draw_of_its_own(runs, setting, column):
     "Two micro-batches are not twice the first; a step that moves nothing is followed by another batch"
@@ -540,6 +592,7 @@ def test_so_is_every_micro_batch_of_an_earlier_stage(runs, path, stage):
 
 @pytest.mark.parametrize("setting, column", [
     ("warm", "flow"), ("continued", "consistency"), ("sft", "loss"),
+    pytest.param("nft_online", "error", marks=pytest.mark.repeat),
     *((s, "error_w") for s in ("dp2o", "asasr", "dro", "dpo"))])
 def test_another_seed_draws_other_batches_and_another_adapter(runs, setting, column):
     "The first step's log knows the batch alone: every base is the same, and an adapter begins with B = 0"

@@ -16,7 +16,7 @@ from multi_worker import work
 from safetensors.torch import load_file
 
 import srnb.train
-from srnb.align import DP2O, Adversary, Given, Hinge, Method, Own, Riesz, Run, Start, Top
+from srnb.align import DP2O, NFT, Adversary, Fresh, Given, Hinge, Method, Own, Rated, Riesz, Run, Start, Top
 from srnb.backbones import BackboneOptions, load_backbone, write_tiny, write_tiny_control
 from srnb.config import record
 from srnb.curation import finished_groups, read_group
@@ -100,6 +100,7 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
         riesz=lambda: adversarial(Riesz(.003)),
         adversary=lambda: adversarial(Adversary(("base",), 4, imitation=LOOP)),
         online=online,
+        fresh=lambda: replace(dp2o, method=Method(winners=Rated(), losers=Fresh(2, 1, 2, ramp=.1), link=NFT())),
         ctmsr=ctmsr,
         flux=flux,
         branch=lambda: BaseRun("", init=str(write_tiny("flux", top/"flux")), versions=1, max_side=160, batch=1,
@@ -122,7 +123,7 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
 
 ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
-                              for o in ("guarded", "given", "online", "riesz", "guarded_rows", "rounds"))]
+                              for o in ("guarded", "given", "online", "riesz", "guarded_rows", "rounds", "fresh"))]
 
 
 @pytest.mark.parametrize("name", ONE)
