@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'Work', 'Pictures', 'Photograph', 'Top', 'Expert', 'Losers', 'OfBank',
            'Bottom', 'Samples', 'Made', 'Given', 'Adversary', 'Riesz', 'Own', 'Nobody', 'Start', 'Method', 'Run',
-           'cost', 'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'claim', 'align', 'finish', 'judge']
+           'cost', 'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'measured', 'watch_of', 'claim',
+           'align', 'finish', 'judge']
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,17 +25,18 @@ from torch import Tensor
 from .adversary import adversary_loser, riesz_loser
 from .backbones import Backbone
 from .baselines import BASELINES, baseline_at
+from .brake import Brake, Watch, look_at, winners_error
 from .config import Checked, leaves, name_of, own_files, record
-from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, write_table
-from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, hpo_weights, make_bank,
-                           make_outputs, read_bytes, score_bank, top_bottom)
+from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, to_floats, write_table
+from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, group_seeds, hpo_weights, make_bank,
+                           make_outputs, read_bytes, read_group, score_bank, top_bottom)
 from .data import find_photos
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, row_backward, seed_at, split_backward)
 from .paths import SAMPLERS, Shift
 from .policies import Policy, check_reads, drop_adapters, load_adapter, save_adapter, text_ids
 from .preference import pair_margin
-from .rewards import GroupMinMax, check_available, drop_scorers, park_scorers
+from .rewards import GroupMinMax, check_available, drop_scorers, hybrid, park_scorers, score_group
 from .runs import (FREE, Base, Blind, Data, Judging, add_trained, blind_of, evaluate, freed, inputs_of, is_done,
                        kept_drifts, photo_sets, policy_of, prompts_of, record_of, spectra, train_adapter, whole_again)
 from .spectral import SobolevEnergy
@@ -386,6 +389,7 @@ class Run(Checked):
     drift:float = 0.               # also judge the kept copy nearest to this drift; 0: the last step alone
     banks:str|None = None          # folder for what runs may share; None: out
     rows:int = 0                   # states whose activations are held at once, for one more forward; 0: all of a batch
+    brake:Brake|None = None        # looks at held-out photographs as it goes, beside the budget; None: none
     def check(self):
         self.at_least(1, "rank", "batch", "patch")
         self.at_least(0, "seed", "budget", "drift", "rows")
@@ -399,6 +403,7 @@ class Run(Checked):
                              f"{self.loop.steps}")
         if self.patch > self.data.size:
             raise ValueError(f"Run.patch = {self.patch} is larger than the crops ({self.data.size})")
+        if self.brake: self.brake.check_run(self.judging, self.loop, self.drift)
         if self.base.options.train == "whole" and (method.start or isinstance(method.losers, (Adversary, Own))):
             raise ValueError("a reference, an adversary or a snapshot besides the policy needs LoRA: "
                              "BackboneOptions.train must be base or control")
@@ -477,13 +482,54 @@ def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their di
     for o in (*pairs.lq, *pairs.winners, *pairs.losers, pairs.weight): digest.update(o.contiguous().numpy().tobytes())
     return pairs, dict(pairs=digest.hexdigest())
 
+# %% ../nbs/42_align.ipynb #42-align-brake2
+def measured(
+    work:Work,
+    step:int,   # 0: the samples from before training
+)->list[dict]:  # image, seed, metric, value: of this process's share of the held-out photographs
+    "What a look sees [room 36]"
+    run, policy, rows = work.run, work.policy, []
+    brake, reward, size = run.brake, run.judging.reward, run.data.size
+    metrics = list(dict.fromkeys((*reward.metrics, *brake.judges(run.judging))))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for k in range(rank, len(work.probes), world):
+        o = work.probes[k]
+        if step:
+            seeds = group_seeds(o.id, brake.look_m)
+            sr = policy.sample(o.lq[None], seeds, work.steps, work.sampler, prompts=[o.prompt])[0]
+            sr = to_floats(to_bytes(run.base.colour.images(sr, o.lq, policy.codec))).cpu() # as a bank holds them
+        else: sr = read_group(work.before, o.id).sr[:brake.look_m]
+        values = score_group(metrics, sr, o.gt, work.device)
+        values |= dict(reward=hybrid(values, reward, work.bounds), **look_at(sr, o.lq))
+        for name, patch in (("error_patch", run.patch), ("error_whole", size)):
+            values[name] = torch.tensor([winners_error(policy, o, patch, run.method.energy)])
+        rows += [dict(image=o.id, seed=seed, metric=name, value=v) for name, one in values.items()
+                 for seed, v in enumerate(one.tolist())]
+    park_scorers() # training goes on
+    return rows
+
+def watch_of(
+    work:Work,  # with its trained adapter
+    loop:Loop,
+)->Watch|None:  # None: nobody looks
+    "The looks of a run, for `fit`"
+    run = work.run
+    if run.brake is None: return None
+    def weights(): # launchers wrap the network
+        named = work.policy.net.named_parameters()
+        return {n.removeprefix("module."): p for n, p in named if p.requires_grad}
+    looks = run.brake.looks(loop.steps, loop.save_every)
+    return Watch(run.brake, work.out, run.brake.judges(run.judging), looks, lambda step: measured(work, step), weights)
+
 # %% ../nbs/42_align.ipynb #42-align-019
 def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
     method, out = run.method, Path(run.out)
-    check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
+    watched = run.brake.watched if run.brake else ()
+    check_available(dict.fromkeys((*run.judging.metrics, *watched)), (run.data.size, run.data.size), state.device)
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
+    whole = whole or run.brake
     if whole: refuse_fsdp()
     judging, data = run.judging, run.data
     if data.prompts: # of all sets, before a backbone is read
@@ -502,6 +548,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
         sets = photo_sets(*of)
         blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
+        if run.brake: run.brake.check_photos(len(sets[1]))
         work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
         said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **(blind.said if blind else {}))
         if is_done(out, said): return None
@@ -539,8 +586,11 @@ def align(
     method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
-    weights, log = fit(work.policy, loss, loop, out, backward, memory, work.show if run.judging.show else None)
+    watch = watch_of(work, loop)
+    weights, log = fit(work.policy, loss, loop, out, backward, memory, work.show if run.judging.show else None, watch)
     loss = backward = memory = None # they hold pairs and states
+    if watch and watch.ended is not None: put(work.policy.net, weights := watch.good())
+    drop_scorers() # of the looks
     finish(work, weights, log, state)
     for variant, folder in [("after", "adapter"), *[("matched", "matched-adapter")]*bool(run.drift)]:
         work.renew(policy=out/folder)
