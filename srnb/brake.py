@@ -185,12 +185,13 @@ def winners_error(
     group:Group,     # a held-out photograph
     patch:int,       # pixels of a square; those of the picture for the whole
     energy:Callable, # of a residual
-    draws:int=4,     # noises, levels and places: always the same ones
+    rows:int=0,      # states that pass the network at once; 0: all
+    draws:int=2,     # noises, levels and places: always the same ones
 )->float:            # unit of the energy, policy minus reference; negative is better
     "How much smaller the error at a photograph has become"
     alone = Group(group.id, group.lq, group.gt, group.gt[None], group.prompt) # the photograph wins
     d = states_of(policy, draw_winners([alone], policy, draws, patch, seed_of("look", group.id)))
-    with torch.no_grad(): gap, _, _ = gaps(policy, d, energy, 1)
+    with torch.no_grad(): gap, _, _ = gaps(policy, d, energy, rows)
     return gap.mean().item()
 
 def transfer(

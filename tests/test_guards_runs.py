@@ -97,6 +97,7 @@ SETTINGS = dict( # name -> preset, the choices that make another method of it, h
     dp2o=("dp2o", {}, by_reward), asasr=("asasr", {}, imitated), dro=("dro", {}, online), dpo=("dpo", {}, aligned),
     sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
     distil=("distil", {}, distilled),
+    braked=("dp2o", {"brake": {"alpha": .5, "look_m": 2}}, by_reward),
     given=("asasr", GIVEN, lambda w: aligned(w) | {"method.link.kappa": 100.}),
     riesz=("asasr", {"method.losers": {"is": "Riesz", "radius": .05}, "method.start": None},
            lambda w: aligned(w) | {"method.link.kappa": 100.}),
@@ -178,6 +179,7 @@ EVERY = { # of every Run
     "rank": (3, "adapter"), "batch": (3, "log adapter"), "patch": (24, "log adapter"), "seed": (1, "log adapter"),
     "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
+    "brake": ({"alpha": .5, "look_m": 2}, "look looks", {"judging.reward": "offline_nr"}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
     photos=(folder("others"), "log policy"), degradation=("seesr", "log policy"), versions=(2, "log policy"),
@@ -224,6 +226,10 @@ OWN = { # of one setting
     "given": {"method.losers.outputs": (("base", "bicubic"), "bank log adapter")},
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
+    "braked": { # what rings, with what they make of it: tests/test_brake.py
+        "brake": (None, "look looks"), "brake.look_m": (3, "look", {"judging.eval_m": 3}),
+        "brake.look_every": (2, "look", {"loop.save_every": 1}), "brake.watched": (("ssim_y",), "look"),
+        "brake.alpha": (.1, "!can never ring"), "brake.floor": (2., ""), "brake.stop": ("judge", "")},
     "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
         control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
         control_scale=(.5, OTHER), max_tokens=(77, OTHER), texts=("folder", OTHER), prediction=("epsilon", OTHER),
@@ -268,6 +274,7 @@ def marked(setting, path):
     *_, top, name = "", *path.split(".")
     loop = top in ("loop", "imitation", "start_loop", "match_loop") and name != "lr"
     fast = path in ("batch", "patch", "seed", "loop.lr", "method.energy.s") or path in OWN[setting] and not loop
+    if setting == "braked": fast = path == "brake.alpha"
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
