@@ -162,7 +162,7 @@ def test_two_processes_are_one(hack, stopped, forked, tmp_path):
     "Each looks at its own photographs; both end at the same look"
     run = of(replace(hack, judging=Judging("offline_nr", m=4, judges=("psnr_y",), eval_m=2), banks=None,
                      data=replace(hack.data, size=64), loop=replace(LOOP, steps=4, parts=2)), "one", stop="judge",
-             alpha=.9, floor=.1)
+             alpha=.9, floor=5.)
     one, two = align(run), tmp_path/"two"
     done = team(forked, work, said(run, two), 2, False)
     assert not any(o.wait() for o in done), "".join(o.err for o in done)
