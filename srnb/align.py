@@ -501,7 +501,7 @@ def measured(
         else: sr = read_group(work.before, o.id).sr[:brake.look_m]
         values = score_group(metrics, sr, o.gt, work.device)
         values |= dict(reward=hybrid(values, reward, work.bounds), **look_at(sr, o.lq))
-        for name, patch in (("error_patch", run.patch), ("error_whole", size)): # at the start policy and reference agree
+        for name, patch in (("error_patch", run.patch), ("error_whole", size)): # no error before anything is learnt
             error = winners_error(policy, o, patch, run.method.energy, run.rows) if step else 0.
             values[name] = torch.tensor([error])
         rows += [dict(image=o.id, seed=seed, metric=name, value=v) for name, one in values.items()
