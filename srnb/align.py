@@ -6,11 +6,12 @@
 __all__ = ['OUTPUTS', 'SFT', 'DPO', 'DP2O', 'ASASR', 'DRO', 'OFFLINE_NFT', 'ONLINE_NFT', 'GROUPED', 'CENTRED', 'Work', 'Pictures',
            'Photograph', 'Top', 'Expert', 'Losers', 'OfBank', 'Bottom', 'Samples', 'Made', 'Given', 'Adversary',
            'Riesz', 'Own', 'Nobody', 'Rated', 'Candidates', 'Fresh', 'Start', 'Method', 'check_rounds', 'Run', 'cost',
-           'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'begun_of', 'begin', 'trained', 'one_round',
-           'claim', 'align', 'finish', 'judge']
+           'loop_of', 'objective', 'held_out_preference', 'given_pairs', 'measured', 'watch_of', 'begun_of', 'begin',
+           'trained', 'one_round', 'claim', 'align', 'finish', 'judge']
 
 # %% ../nbs/42_align.ipynb #42-align-003
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,10 +26,12 @@ from torch import Tensor
 from .adversary import adversary_loser, riesz_loser
 from .backbones import Backbone
 from .baselines import BASELINES, baseline_at
+from .brake import Brake, Watch, look_at, winners_error
 from .config import Checked, leaves, name_of, own_files, record
-from .core import bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, write_json, write_table
+from .core import (bicubic, check_multiple, open_run, run_done, seed_of, to_bytes, to_floats, write_json,
+                       write_table)
 from .curation import (Group, WhenAsked, bank_bounds, bank_reward, fingerprint, group_seeds, hpo_weights, make_bank,
-                           make_outputs, read_bytes, score_bank, top_bottom)
+                           make_outputs, read_bytes, read_group, score_bank, top_bottom)
 from .data import find_photos
 from .pairs import (Hinge, Logistic, OnlineDraw, Pairs, check_pairs, draw_alone, draw_loss, draw_made, draw_pairs,
                         gaps, given_loser, pairs_of, row_backward, seed_at, split_backward)
@@ -496,6 +499,9 @@ def check_rounds(run)->None: # a Run
         kind = type(run.method.losers).__name__
         raise ValueError(f"Run.rounds = {run.rounds}: a round draws a bank of its own, and {kind} against these "
                          "winners would learn from none; leave rounds 1, or take Top or Samples without your own pairs")
+    if run.brake:
+        raise ValueError(f"Run.brake looks at one training from its start, and Run.rounds = {run.rounds} are several: "
+                         "leave one of them out")
     if run.drift:
         raise ValueError(f"Run.drift = {run.drift:g} is a distance from the reference, which moves with Run.rounds = "
                          f"{run.rounds}: leave one of them out")
@@ -519,6 +525,7 @@ class Run(Checked):
     drift:float = 0.               # also judge the kept copy nearest to this drift; 0: the last step alone
     banks:str|None = None          # folder for what runs may share; None: out
     rows:int = 0                   # states whose activations are held at once, for one more forward; 0: all of a batch
+    brake:Brake|None = None        # looks at held-out photographs as it goes, beside the budget; None: none
     def check(self):
         self.at_least(1, "rank", "rounds", "batch", "patch")
         self.at_least(0, "seed", "budget", "drift", "rows")
@@ -538,6 +545,7 @@ class Run(Checked):
         check_rounds(self)
         if self.patch > self.data.size:
             raise ValueError(f"Run.patch = {self.patch} is larger than the crops ({self.data.size})")
+        if self.brake: self.brake.check_run(self.judging, self.loop, self.drift)
         others = isinstance(method.losers, (Adversary, Own, Fresh))
         others = others or method.start or self.rounds > 1 or self.base.adapter
         if self.base.options.train == "whole" and others:
@@ -622,6 +630,46 @@ def given_pairs(run:Run, policy:Policy)->tuple[Pairs|None, dict]: # and their di
     for o in (*pairs.lq, *pairs.winners, *pairs.losers, pairs.weight): digest.update(o.contiguous().numpy().tobytes())
     return pairs, dict(pairs=digest.hexdigest())
 
+# %% ../nbs/42_align.ipynb #42-align-brake2
+def measured(
+    work:Work,
+    step:int,   # 0: the samples from before training
+)->list[dict]:  # image, seed, metric, value: of this process's share of the held-out photographs
+    "What a look sees [room 36]"
+    run, policy, rows = work.run, work.policy, []
+    brake, reward, size = run.brake, run.judging.reward, run.data.size
+    metrics = list(dict.fromkeys((*reward.metrics, *brake.judges(run.judging))))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for k in range(rank, len(work.probes), world):
+        o = work.probes[k]
+        if step:
+            seeds = group_seeds(o.id, brake.look_m)
+            sr = policy.sample(o.lq[None], seeds, work.steps, work.sampler, prompts=[o.prompt])[0]
+            sr = to_floats(to_bytes(run.base.colour.images(sr, o.lq, policy.codec))).cpu() # as a bank holds them
+        else: sr = read_group(work.before, o.id).sr[:brake.look_m]
+        values = score_group(metrics, sr, o.gt, work.device)
+        values |= dict(reward=hybrid(values, reward, work.bounds), **look_at(sr, o.lq))
+        for name, patch in (("error_patch", run.patch), ("error_whole", size)): # no error before anything is learnt
+            error = winners_error(policy, o, patch, run.method.energy, run.rows) if step else 0.
+            values[name] = torch.tensor([error])
+        rows += [dict(image=o.id, seed=seed, metric=name, value=v) for name, one in values.items()
+                 for seed, v in enumerate(one.tolist())]
+    park_scorers() # training goes on
+    return rows
+
+def watch_of(
+    work:Work,  # with its trained adapter
+    loop:Loop,
+)->Watch|None:  # None: nobody looks
+    "The looks of a run, for `fit`"
+    run = work.run
+    if run.brake is None: return None
+    def weights(): # launchers wrap the network
+        named = work.policy.net.named_parameters()
+        return {n.removeprefix("module."): p for n, p in named if p.requires_grad}
+    looks = run.brake.looks(loop.steps, loop.save_every)
+    return Watch(run.brake, work.out, run.brake.judges(run.judging), looks, lambda step: measured(work, step), weights)
+
 # %% ../nbs/42_align.ipynb #42-rounds-1
 def begun_of(
     run:Run,
@@ -662,7 +710,12 @@ def trained(
     run.method.losers.prepare(work)
     add_trained(work.policy, run.base.options, run.rank, run.seed)
     loss, backward, memory = objective(work)
-    return fit(work.policy, loss, loop, folder, backward, memory, work.show if run.judging.show else None)
+    watch = watch_of(work, loop)
+    show = work.show if run.judging.show else None
+    weights, log = fit(work.policy, loss, loop, folder, backward, memory, show, watch)
+    if watch and watch.ended is not None: put(work.policy.net, weights := watch.good())
+    drop_scorers() # of the looks
+    return weights, log
 
 def one_round(work:Work, loop:Loop)->None:
     "A round that is not the last: train, write one adapter for all so far, and start the next from it"
@@ -680,10 +733,11 @@ def one_round(work:Work, loop:Loop)->None:
 def claim(run:Run, state)->Work|None: # None: it is done
     "Look at everything that a run needs, then claim its folder"
     method, out = run.method, Path(run.out)
-    check_available(run.judging.metrics, (run.data.size, run.data.size), state.device)
+    watched = run.brake.watched if run.brake else ()
+    check_available(dict.fromkeys((*run.judging.metrics, *watched)), (run.data.size, run.data.size), state.device)
     park_scorers() # the policy samples first
     whole = not isinstance(method.losers, OfBank) or method.safeguard or method.start or run.drift or run.rows
-    if whole or run.rounds > 1 or run.base.adapter: refuse_fsdp()
+    if whole or run.brake or run.rounds > 1 or run.base.adapter: refuse_fsdp()
     judging, data = run.judging, run.data
     if data.prompts: # of all sets, before a backbone is read
         wild = find_photos(judging.blind) if judging.blind else []
@@ -704,6 +758,7 @@ def claim(run:Run, state)->Work|None: # None: it is done
         begun = begun_of(run, policy, sets[1])
         blind = blind_of("Judging.blind", judging.blind, judging.metrics, policy, judging.eval_m, sets[0],
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
+        if run.brake: run.brake.check_photos(len(sets[1]))
         work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
         served = {m.name: m.version for m in judging.metrics if isinstance(m, Served)} # as their servers say
         if served: digest = dict(digest, served=served)

@@ -248,6 +248,7 @@ def fit(
     backward:Callable|None=None, # (values, logs, ...) -> logs, in place of backward of the mean
     memory=None,                 # what the loss remembers: `tensors()` gives it, `restore(tensors)` takes it
     show:Callable|None=None,     # (step, trackers), in every process after a checkpoint; with generators of its own
+    look:Callable|None=None,     # the same, and before the first update and where a run resumes; True ends the loop
 )->tuple[dict[str, Tensor], pd.DataFrame]: # averaged trainable parameters by name, which the network then has; log
     "Optimise, resuming from the newest checkpoint in `out_dir`; equal to an uninterrupted run bit for bit on a CPU"
     out = Path(out_dir)
@@ -293,7 +294,9 @@ def fit(
         return scaled if scaled["skipped"] else dict(scaled, grad_norm=norm)
 
     def note(): return f"loss {state.rows[-1]['loss']:.4f}" if state.rows else ""
-    for k in progress(range(state.step, loop.steps), "steps", total=loop.steps, start=state.step, note=note):
+    over = look is not None and look(state.step, accelerator.trackers)
+    steps = range(state.step, state.step if over else loop.steps)
+    for k in progress(steps, "steps", total=loop.steps, start=state.step, note=note):
         with _fits(k): state.notes += [*_gathered([accumulate(k, part) for part in own]), update(k)]
         done = state.step = k+1
         if done % loop.log_every == 0 or done == loop.steps: accelerator.log(state.row(), step=done)
@@ -302,6 +305,7 @@ def fit(
         if done % loop.save_every == 0 or done == loop.steps:
             _save(accelerator, out, state)
             if show: show(done, accelerator.trackers)
+            if look and look(done, accelerator.trackers): break
 
     for tracker in accelerator.trackers: tracker.finish() # a run has several stages: the process group stays
     weights = {n: w.cpu().clone() for n, w in _whole(state.average or state.trained).items()}

@@ -106,6 +106,7 @@ SETTINGS = dict( # name -> preset, the choices that make another method of it, h
     nft=("nft", {}, rated), nft_online=("nft_online", {}, fresh), dgpo=("dgpo", {}, rated), crd=("crd", {}, rated),
     sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
     distil=("distil", {}, distilled),
+    braked=("dp2o", {"brake": {"alpha": .5, "look_m": 2}}, by_reward),
     given=("asasr", GIVEN, lambda w: aligned(w) | {"method.link.kappa": 100.}),
     riesz=("asasr", {"method.losers": {"is": "Riesz", "radius": .05}, "method.start": None},
            lambda w: aligned(w) | {"method.link.kappa": 100.}),
@@ -189,6 +190,7 @@ EVERY = { # of every Run
     "budget": (four_updates, "log adapter kept"), "rows": (1, "log", {"batch": 3}),
     "rounds": (2, "!a round draws a bank of its own"),
     "drift": (1e-9, "drift matched-adapter bank-matched metrics", {"loop.keep_every": 1}),
+    "brake": ({"alpha": .5, "look_m": 2}, "look looks", {"judging.reward": "offline_nr"}),
     } | looped("loop", "adapter", "log", "kept drift", dict(rank=32))
 PATCHES = dict( # of a network trained from patches
     photos=(folder("others"), "log policy"), degradation=("seesr", "log policy"), versions=(2, "log policy"),
@@ -267,6 +269,10 @@ OWN = { # of one setting
     "expert": {"method.winners.n": (1, "log adapter"), "method.winners.frozen": (True, "log adapter"),
                "method.winners.scale": ({"is": "GroupRank"}, "log adapter")},
     "gated": {"method.link.gate": (2., "log")},
+    "braked": { # what rings, with what they make of it: tests/test_brake.py
+        "brake": (None, "look looks"), "brake.look_m": (3, "look", {"judging.eval_m": 3}),
+        "brake.look_every": (2, "look", {"loop.save_every": 1}), "brake.watched": (("ssim_y",), "look"),
+        "brake.alpha": (.1, "!can never ring"), "brake.floor": (2., ""), "brake.stop": ("judge", "")},
     "base": PATCHES | looped("loop", "policy", "log", "kept") | below("options", dict(
         control=("folder", OTHER), train=("control", OTHER), guidance=(2., OTHER), negative=("noise", OTHER),
         control_scale=(.5, OTHER), max_tokens=(77, OTHER), texts=("folder", OTHER), prediction=("epsilon", OTHER),
@@ -317,6 +323,7 @@ def marked(setting, path):
     if setting in ("nft", "nft_online", "dgpo", "crd"): # what is not in nft's own code is in others
         fast = setting in ("nft", "nft_online") and path in OWN[setting] and path.startswith("method.") and (
             setting == "nft" or path not in RATED)
+    if setting == "braked": fast = path == "brake.alpha"
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
