@@ -121,6 +121,7 @@ def test_the_average_ends_a_round(whole):
         assert torch.equal(found, v) and not torch.equal(v, state["changing"][n]) or v.abs().max() == 0
 
 
+@pytest.mark.slow
 def test_killed_in_every_round(whole, config, tmp_path, deadly, capsys):
     "Between two checkpoints of a round, while the next bank is drawn, and in the last: the result is the same"
     count, calls, die = deadly

@@ -4,6 +4,7 @@ import io
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ def server():
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(BrokenPipeError): self.wfile.write(body) # who asked may have gone
 
         def do_GET(self):
             said.headers.append(self.headers.get("Authorization"))
