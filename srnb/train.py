@@ -20,7 +20,7 @@ from typing import Union, get_args, get_origin
 
 import torch
 
-from .align import ASASR, DP2O, DPO, DRO, SFT, Adversary, Nobody, Own, Run, align
+from .align import ASASR, DP2O, DPO, DRO, SFT, VOTES, Adversary, Nobody, Own, Run, align
 from .backbones import hush, is_backbone
 from .config import coerced, fill, name_of, nearest, own_file, revive
 from .degrade import Degradation
@@ -56,6 +56,7 @@ def presets()->dict[str, tuple[str, object]]: # name -> (what it is, run)
         asasr=("ASASR: photographs against what an adversary makes of them", run("asasr", ASASR, **no_reward, **kept)),
         dro=("Diffusion-DRO: photographs against the policy's own states", run("dro", DRO)),
         dpo=("Diffusion-DPO: photographs against samples", run("dpo", DPO)),
+        votes=("what people preferred: --method.losers.folder names their votes", run("votes", VOTES)),
         sft=("supervised fine-tuning of an adapter", run("sft", SFT)),
         ctmsr=("CTMSR: a one-step network by consistency training and matching", CTMSRRun("runs/ctmsr")),
         distil=("a small restorer from Real-ESRGAN, or from your own", DistilRun("runs/distil")),
