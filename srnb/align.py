@@ -355,7 +355,7 @@ class Voted(OfBank):
         "Pairs of the folder, in place of those of a bank"
         return voted_pairs(self.asked())
     def photos(self)->list: # of `Photo`
-        "The inputs that people have seen enlarged"
+        "One picture of each input that people have seen"
         return vote_photos(self.asked())
 
 # %% ../nbs/42_align.ipynb #42-align-012

@@ -747,7 +747,7 @@ def run_read(
         print(table.round(3).to_string(index=False))
         if table.attrs["prior"]:
             print("no chain of wins leads from each to every other: strengths are finite through a prior alone, and "
-                  "how large they are says little")
+                  "neither their size nor their interval says much")
         elif table.attrs["prior_share"]:
             print(f"in {table.attrs['prior_share']:.0%} of the draws a prior kept strengths finite: more pictures "
                   "would bound the wide ends")

@@ -405,7 +405,7 @@ def voted_pairs(
 # %% ../nbs/38_votes.ipynb #38-votes-036
 def vote_photos(
     folder:str|Path, # of votes
-)->list:             # of `Photo`, the low-quality inputs that were voted on
+)->list:             # of `Photo`, one candidate of every input
     "What people have seen, to keep it away from what a run reports on"
-    inputs, _ = vote_pictures(folder, read_votes(folder))
-    return [open_photo(p, i) for i, p in inputs.items()]
+    _, files = vote_pictures(folder, read_votes(folder))
+    return [open_photo(p, i) for i, p in {i: p for (i, _), p in files.items()}.items()]
