@@ -290,10 +290,10 @@ def test_the_whole_evening(tiny, photos, tmp_path, monkeypatch, capsys):
                 write_image(f"{night}/{name}", lq[0]-.1)
                 if night == "inputs": write_image(f"light/{name}", bicubic(lq, (48, 48))[0])
 
-    def rank(night): # 4 log odds a decibel
+    def rank(night): # 6 log odds a decibel
         def utility(image, name):
             apart = read_image(f"{night}/candidates/{name}/{image}.png")-truth[f"{image}.png"]
-            return -40*apart.square().mean().log10().item()
+            return -60*apart.square().mean().log10().item()
         for who in ("Ada", "Ben"): v.simulated_rater(f"{night}/page.key.json", who, utility)
 
     def command(*words):
@@ -311,8 +311,8 @@ def test_the_whole_evening(tiny, photos, tmp_path, monkeypatch, capsys):
     command("train", "votes", "--method.losers.folder", "monday", "--out", "run", "--base.backbone", tiny,
             "--base.precision", "no", "--base.sample-steps", 2, "--judging.reward", "None", "--judging.eval-m", 1,
             "--judging.judges", "psnr_y", "--data.photos", photos/"more", "--data.held-out", photos/"held",
-            "--data.size", 64, "--data.places", 1, "--rank", 8, "--batch", 4, "--patch", 32, "--method.link.kappa", 40,
-            "--method.safeguard", "--loop.steps", 40, "--loop.lr", 1e-2, "--loop.warmup", 2)
+            "--data.size", 64, "--data.places", 1, "--rank", 8, "--batch", 8, "--patch", 32, "--method.link.kappa", 40,
+            "--method.safeguard", "--loop.steps", 80, "--loop.lr", 1e-2, "--loop.warmup", 2, "--loop.decay", .5)
     command("votes", "page", "tuesday", f"base={tiny}", "new=run", "--data", "others", "--samples", 2, *SAMPLING)
     rank("tuesday")
     said = command("votes", "read", "tuesday", "--baseline", "base")
