@@ -12,7 +12,7 @@ from refs import pages, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
-BOUNDS = {"long lines": 0, "name tables": 10, "fields of run classes": 90}
+BOUNDS = {"long lines": 0, "name tables": 10, "fields of run classes": 91}
 RUNS = ["Run", "Method", "Data", "Base", "Judging", "Patches"] # counted beside every class whose name ends in Run
 IGNORED = {getattr(tokenize, o) for o in "COMMENT NL NEWLINE INDENT DEDENT ENCODING ENDMARKER".split()}
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Usage', 'plain', 'tell', 'reason', 'find_inputs', 'find_outputs', 'read_seeds', 'upscale_parser',
            'check_args', 'check_upscale', 'run_upscale', 'run_train', 'run_plan', 'bench_parser', 'split_sources',
-           'check_bench', 'run_bench', 'terminated_as_interrupted', 'run_command', 'main']
+           'check_bench', 'run_bench', 'page_parser', 'read_parser', 'check_page', 'run_page', 'run_read', 'run_votes',
+           'terminated_as_interrupted', 'run_command', 'main']
 
 # %% ../nbs/62_command.ipynb #62-command-003
 import argparse
@@ -612,8 +613,166 @@ def run_bench(
     tell(f"{args.out}: table.csv, table.md, metrics.parquet, config.json, crops.html" + ", cost.parquet"*args.speed)
     return 0
 
+# %% ../nbs/62_command.ipynb #62-command-votes1
+def page_parser()->argparse.ArgumentParser:
+    "What `srnb votes page` takes"
+    p = argparse.ArgumentParser("srnb votes page", allow_abbrev=False,
+        description="Write a page on which people rank what several sources make of your pictures, without names",
+        epilog="Send FOLDER/page.html to your raters, put the files that they save into FOLDER, and call srnb votes "
+               "read FOLDER. Keep FOLDER/page.key.json to yourself: it says who is who.")
+    p.add_argument("folder", metavar="FOLDER", help="of votes: the page, its key, inputs and candidates go there")
+    p.add_argument("sources", nargs="+", metavar="[NAME=]SOURCE",
+        help="policy as of srnb upscale --model; folder of a run that trained an adapter; .pth or .safetensors file; "
+             "bicubic, real_esrgan, dat_light; or a folder of outputs with the inputs' names")
+    p.add_argument("--data", required=True, metavar="INPUTS", help="folder of the low-quality pictures")
+    p.add_argument("--samples", type=int, default=1, metavar="N", help="candidates of each model that draws (1)")
+    p.add_argument("--seed", type=read_seeds, default=[0], metavar="N",
+        help="of the first sample, and of the orders on the page (0)")
+    p.add_argument("--top", type=int, default=0, metavar="N", help="places that raters give out; all if not given")
+    p.add_argument("--quality", type=int, metavar="N", help="of JPEG pictures in the page; lossless if not given")
+    p.add_argument("--question", metavar="TEXT", help="that raters are asked; which picture looks best if not given")
+    _add_sampling(p, "none if not given")
+    _add_backbone(p)
+    return p
+
+def read_parser()->argparse.ArgumentParser:
+    "What `srnb votes read` takes"
+    p = argparse.ArgumentParser("srnb votes read", allow_abbrev=False,
+        description="Say what people preferred: strengths in log odds with intervals, and how far raters agree",
+        epilog="FOLDER holds JSON files of a ranking page with its key, CSV files with the header image,winner,loser "
+               "(and rater, tie), or the folders preferred and unpreferred. Nothing is used while a row is wrong.")
+    p.add_argument("folder", metavar="FOLDER", help="of votes")
+    p.add_argument("--baseline", metavar="NAME", help="that others are compared with; the one with most votes")
+    p.add_argument("--draws", type=int, default=1000, metavar="N", help="of the bootstrap (1000)")
+    p.add_argument("--level", type=float, default=.95, metavar="X", help="confidence of the intervals (0.95)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (0)")
+    return p
+
+def check_page(
+    args:argparse.Namespace, # from `page_parser`
+)->dict[str, str]:           # name -> source
+    "Usage for what no page takes"
+    words = split_sources(args.sources)
+    for name, word in words.items():
+        if "@" in name: raise Usage(f"{word}: @ parts a model from the number of its sample; name it by NAME={word}")
+        if word.startswith("cmd:"): raise Usage(f"{word}: run the program, then name the folder of its outputs")
+    if not os.path.isdir(args.data): raise Usage(f"--data {args.data}: no such folder")
+    if not 1 <= args.samples <= 26: raise Usage(f"--samples must lie in [1, 26], got {args.samples}")
+    if len(args.seed) > 1: raise Usage("--seed takes one number here; --samples draws several")
+    if len(words)*args.samples < 2: raise Usage("a page needs two candidates: name two sources, or give --samples")
+    if not 0 <= args.top <= 26: raise Usage(f"--top must lie in [0, 26], got {args.top}")
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        raise Usage(f"--quality must lie in [1, 100], got {args.quality}")
+    args.out, args.tile, args.scale = args.folder, None, None
+    check_args(args)
+    return words
+
+def _drawers(words:dict[str, str], args:argparse.Namespace)->dict: # candidate -> (identity, seed, Model or files)
+    from types import SimpleNamespace
+
+    from srnb.colour import Colour
+    from srnb.data import _by_name, find_images
+    from srnb.sources import Command, Folder
+    found = {}
+    for name, word in words.items():
+        source = _source(word, args, SimpleNamespace(colour=Colour()))
+        if isinstance(source, Command): raise Usage(f"{word}: run the program, then name the folder of its outputs")
+        if isinstance(source, Folder):
+            with _blaming(word): found[name] = f"outputs {word}", 0, _by_name(find_images(word), str)
+        elif args.samples == 1 or not source.draws: found[name] = source.identity, args.seed[0], source
+        else: found |= {f"{name}@{k}": (source.identity, args.seed[0]+k, source) for k in range(args.samples)}
+    if not 2 <= len(found) <= 26:
+        raise Usage(f"a page holds 2 to 26 candidates of a picture, got {len(found)}: {', '.join(found)}")
+    return found
+
+def run_page(
+    argv:Sequence[str], # what follows `srnb votes page`
+)->int:                 # exit code
+    "Write a ranking page, and the folder of votes around it"
+    import hashlib
+    args = page_parser().parse_intermixed_args(argv)
+    words, folder = check_page(args), Path(args.folder)
+    from srnb.core import open_run, progress, quantize, read_image, write_image
+    from srnb.data import _by_name, find_images
+    from srnb.look import write_ranking
+    with _blaming("--data"): inputs = _by_name(find_images(args.data), str)
+    makers = _drawers(words, args)
+    lost = [f"{n} has no {i}" for n, (*_, o) in makers.items() if isinstance(o, dict) for i in inputs if i not in o]
+    if lost: raise Usage(f"outputs need the inputs' names: {'; '.join(lost[:5])}")
+    def digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    def said(identity, seed, o): return [identity, seed, *(digest(o[i]) for i in inputs if isinstance(o, dict))]
+    asked = dict(top=args.top, quality=args.quality, question=args.question)
+    open_run(folder, dict(run="votes", inputs={i: digest(p) for i, p in inputs.items()}, seed=args.seed[0], **asked,
+                          candidates={n: said(*o) for n, o in makers.items()}))
+    with redirect_stdout(sys.stderr): # lines about progress
+        for i, path in progress(list(inputs.items()), "pictures"):
+            lq = read_image(path)
+            write_image(folder/"lq"/f"{i}.png", lq)
+            for n, (_, seed, o) in makers.items():
+                target = folder/"candidates"/n/f"{i}.png"
+                if target.exists(): continue
+                made = read_image(o[i]) if isinstance(o, dict) else quantize(o.answer(lq[None], seed)[0].cpu().float())
+                write_image(target, made)
+    asked = {k: v for k, v in asked.items() if v is not None}
+    page, _ = write_ranking({n: folder/"candidates"/n for n in makers}, folder/"page.html", folder/"lq", args.seed[0],
+                            **asked)
+    print(page)
+    tell(f"{len(makers)} candidates of {len(inputs)} pictures; send {page} to your raters, put the files that they "
+         f"save into {folder}, then: srnb votes read {folder}")
+    return 0
+
+def run_read(
+    argv:Sequence[str], # what follows `srnb votes read`
+)->int:                 # exit code
+    "Print strengths, intervals and agreement"
+    args = read_parser().parse_args(argv)
+    if args.draws < 1: raise Usage(f"--draws must be at least 1, got {args.draws}")
+    if not 0 < args.level < 1: raise Usage(f"--level must lie in (0, 1), got {args.level}")
+    if args.seed < 0: raise Usage(f"--seed must be at least 0, got {args.seed}")
+    from srnb.votes import agreement, between_models, read_votes, strengths
+    votes = read_votes(args.folder)
+    between = between_models(votes)
+    print(f"{len(votes)} votes ({votes.tie.sum()} ties) of {votes.rater.nunique()} raters on {votes.image.nunique()} "
+          "pictures")
+    if own := len(votes)-len(between):
+        print(f"{own} are between samples of one model: a run can train on them, and they do not rank models")
+    if len(between):
+        counted = Counter([*between.winner, *between.loser])
+        baseline = args.baseline or max(sorted(counted), key=counted.get)
+        with _blaming("--baseline"):
+            if baseline not in counted: strengths(between, baseline)
+        table = strengths(between, baseline, args.draws, args.level, args.seed)
+        units = "pictures" + " and raters"*(table.attrs["raters"] > 1)
+        print(f"\nstrength against {baseline} in log odds, {args.level:.0%} interval over {units}")
+        print(table.round(3).to_string(index=False))
+        if table.attrs["prior"]:
+            print("no chain of wins leads from each to every other: strengths are finite through a prior alone, and "
+                  "neither their size nor their interval says much")
+        elif table.attrs["prior_share"]:
+            print(f"in {table.attrs['prior_share']:.0%} of the draws a prior kept strengths finite: more pictures "
+                  "would bound the wide ends")
+    elif args.baseline: raise Usage(f"--baseline {args.baseline}: no two models were compared")
+    if len(pairs := agreement(votes)):
+        print("\nhow often two raters prefer the same picture of a pair; by chance 0.5")
+        print(pairs.round(3).to_string(index=False))
+    return 0
+
+def run_votes(
+    argv:Sequence[str], # what follows `srnb votes`
+)->int:                 # exit code
+    "Ask people which pictures they prefer: a page to rank on, and what came back"
+    ways = dict(page=run_page, read=run_read)
+    if argv and argv[0] in ways: return ways[argv[0]](argv[1:])
+    rows = [f"  {name:10}{run.__doc__}" for name, run in ways.items()]
+    parser = argparse.ArgumentParser("srnb votes", usage="srnb votes [-h] page|read ...", allow_abbrev=False,
+        description="Ask people which pictures they prefer", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["ways:", *rows, "", "srnb train votes --method.losers.folder FOLDER trains on the votes"]))
+    parser.add_argument("way", choices=ways, metavar="page|read", help="first of the line; one of those below")
+    parser.parse_args(argv)
+    parser.error("page or read must come first")
+
 # %% ../nbs/62_command.ipynb #62-command-019
-COMMANDS = run_upscale, run_train, run_plan, run_bench # name after `run_`; the docstring is help
+COMMANDS = run_upscale, run_train, run_plan, run_bench, run_votes # name after `run_`; the docstring is help
 
 @contextmanager
 def terminated_as_interrupted()->Iterator[None]:

@@ -261,9 +261,9 @@ def record_of(
     return dict(run=type(run).__name__, config=said, stands_for=dict(stands_for, **own_files(run)))
 
 BLIND = (".judging.blind", ".config.blind") # a folder that may be moved: what it holds is recorded
-# what changes how fast a result is there, in how much memory, or what is shown meanwhile
+# what changes how fast a result is there, in how much memory, or what is shown meanwhile; and what may be moved
 FREE = (".base.sample_batch", ".options.checkpointing", ".options.offload_vae", ".judging.show", ".log_with",
-        ".base.adapter", *BLIND)
+        ".base.adapter", ".losers.folder", *BLIND)
 
 def is_done(
     out:Path,

@@ -20,8 +20,8 @@ from typing import Union, get_args, get_origin
 
 import torch
 
-from .align import (ASASR, CENTRED, DP2O, DPO, DRO, GROUPED, OFFLINE_NFT, ONLINE_NFT, SFT, Adversary, Candidates,
-                        Fresh, Nobody, Own, Run, align)
+from .align import (ASASR, CENTRED, DP2O, DPO, DRO, GROUPED, OFFLINE_NFT, ONLINE_NFT, SFT, VOTES, Adversary,
+                        Candidates, Fresh, Nobody, Own, Run, align)
 from .backbones import hush, is_backbone
 from .config import coerced, fill, name_of, nearest, own_file, revive
 from .degrade import Degradation
@@ -63,6 +63,7 @@ def presets()->dict[str, tuple[str, object]]: # name -> (what it is, run)
         nft_online=("DiffusionNFT on samples that the policy draws as it goes", run("nft_online", ONLINE_NFT, **fresh)),
         dgpo=("DGPO: each group of samples against itself", run("dgpo", GROUPED, **rated)),
         crd=("centred reward distillation: the margins that rewards ask for", run("crd", CENTRED, **rated)),
+        votes=("what people preferred: --method.losers.folder names their votes", run("votes", VOTES)),
         sft=("supervised fine-tuning of an adapter", run("sft", SFT)),
         ctmsr=("CTMSR: a one-step network by consistency training and matching", CTMSRRun("runs/ctmsr")),
         distil=("a small restorer from Real-ESRGAN, or from your own", DistilRun("runs/distil")),

@@ -21,9 +21,9 @@ import srnb.pairs
 import srnb.train
 from srnb import rewards
 from srnb.align import (Adversary, Bottom, Candidates, Expert, Fresh, Given, Made, Method, Nobody, Own, Photograph,
-                        Rated, Riesz, Run, Samples, Top, Work, align, cost)
+                        Preferred, Rated, Riesz, Run, Samples, Top, Voted, Work, align, cost)
 from srnb.config import fill, record
-from srnb.core import RunOccupied, generator, read_run, run_done
+from srnb.core import RunOccupied, generator, read_run, run_done, write_image
 from srnb.curation import Group, finished_groups, read_group
 from srnb.data import embedded_photos, make_pair
 from srnb.degrade import RESSHIFT_TEST
@@ -139,7 +139,7 @@ SMALL = {Top: Top(1), Expert: Expert(1), Given: Given(("bicubic", "base")), Ries
 CHOICES = {f.name: [SMALL[k] if k in SMALL else k() for k in get_args(f.type)] for f in fields(Method)}
 MEET = {Bottom: {Top}, Samples: {Photograph}, Given: {Photograph}, Adversary: {Photograph}, Riesz: {Photograph},
         Own: {Photograph, Top, Expert}, Nobody: {Photograph, Top, Expert}, Candidates: {Rated},
-        Fresh: {Rated}} # losers -> winners that they can lose to
+        Fresh: {Rated}, Voted: {Preferred}} # losers -> winners that they can lose to
 
 
 def name(o): return type(o).__name__
@@ -160,6 +160,15 @@ def config(tiny):
                judging=Judging("offline_nr", m=2, judges=("psnr_y",), eval_m=2), loop=FEW, rank=2, batch=2, patch=32)
 
 
+def voted_on(folder):
+    "A folder of one vote"
+    g = generator(0)
+    for name, side in (("lq", 16), ("candidates/x", 64), ("candidates/y", 64)):
+        write_image(folder/name/"one.png", torch.rand(3, side, side, generator=g))
+    (folder/"votes.csv").write_text("image,winner,loser\none,x,y\n")
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory): return tmp_path_factory.mktemp("banks")/"all"
 
@@ -175,6 +184,7 @@ def test_combinations():
     for o in COMBINATIONS]) # two links beside NFT's, whose choices are the same
 def test_every_combination(config, tmp_path, banks, drawn, winners, losers, link):
     "Bank, training within a budget, two ends, metrics; the bank is drawn once for all; a second call does nothing"
+    if type(losers) is Voted: losers = Voted(voted_on(tmp_path/"votes"))
     needed = ["bank", "before-2"]
     if isinstance(losers, (Given, Adversary)): needed += ["outputs"]
     if type(losers) is Given: needed += ["held_out_outputs"]

@@ -56,6 +56,9 @@ def aligned(w):
 def by_reward(w): return aligned(w) | {"judging.reward": "offline_nr", "method.winners.n": 2, "method.link.kappa": 10.}
 
 
+def voted(w): return aligned(w) | {"method.losers.folder": w["votes"], "method.link.kappa": 10.}
+
+
 def imitated(w):
     losers = {"method.losers.outputs": ("bicubic", "base"), "method.losers.adversary_rank": 3}
     loops = below("method.losers.imitation", FEW) | below("method.start.start_loop", FEW)
@@ -104,6 +107,7 @@ GIVEN = {"method.losers": {"is": "Given", "outputs": ["bicubic", "base"]}, "meth
 SETTINGS = dict( # name -> preset, the choices that make another method of it, how it is made small
     dp2o=("dp2o", {}, by_reward), asasr=("asasr", {}, imitated), dro=("dro", {}, online), dpo=("dpo", {}, aligned),
     nft=("nft", {}, rated), nft_online=("nft_online", {}, fresh), dgpo=("dgpo", {}, rated), crd=("crd", {}, rated),
+    votes=("votes", {}, voted),
     sft=("sft", {}, aligned), base=("base", {}, small_net), ctmsr=("ctmsr", {}, one_step),
     distil=("distil", {}, distilled),
     braked=("dp2o", {"brake": {"alpha": .5, "look_m": 2}}, by_reward),
@@ -244,6 +248,12 @@ OWN = { # of one setting
         "rounds": (2, "round adapter metrics"),
         "method.losers": ({"is": "Given", "outputs": ["bicubic"]}, "log adapter"),
         "method.link": ({"is": "Hinge", "gate": 1.}, "log")},
+    "votes": { # the run's photographs are for judging alone: people have seen others
+        "method.winners": ({"is": "Top", "n": 2}, "!Voted lose to Preferred", {"judging.reward": "offline_nr"}),
+        "method.losers": ("Samples", "!Samples lose to Photograph"),
+        "method.losers.folder": (given("votes2"), "log adapter"),
+        "method.link": ({"is": "Hinge", "gate": 1.}, "log"), "data.photos": (folder("others"), ""),
+        "data.places": (2, ""), "data.take": (1, "before")},
     "sft": {
         "method.winners": ({"is": "Top", "n": 2}, "log adapter", {"judging.reward": "offline_nr"}),
         "method.losers": ({"is": "Own", "cells": 2}, "!Own go with Logistic or Hinge"),
@@ -324,6 +334,7 @@ def marked(setting, path):
         fast = setting in ("nft", "nft_online") and path in OWN[setting] and path.startswith("method.") and (
             setting == "nft" or path not in RATED)
     if setting == "braked": fast = path == "brake.alpha"
+    if setting == "votes": fast = path.startswith("method.losers") or path == "data.photos" # the rest is read as dpo's
     return pytest.param(setting, path, marks=() if fast or setting == "dpo" else pytest.mark.repeat)
 
 
@@ -353,6 +364,19 @@ def chosen():
     lq, w, l = (torch.randint(0, 256, (2, *s), generator=g, dtype=torch.uint8) for s in shapes)
     return Pairs(list(lq), list(w), list(l), torch.ones(2, 1, 1))
 """
+
+
+
+def vote_folder(top, first):
+    "Two inputs, two enlargements of each, and one vote on each; another winner makes another folder"
+    g = generator(0)
+    for image in ("one", "two"):
+        for name, side in (("lq", 16), ("candidates/x", 64), ("candidates/y", 64)):
+            (top/name).mkdir(parents=True, exist_ok=True)
+            to_pil(torch.rand(3, side, side, generator=g)).save(top/name/f"{image}.png")
+    (top/"votes.csv").write_text(f"image,winner,loser\none,{first},{'xy'.replace(first, '')}\ntwo,y,x\n")
+    return str(top)
+
 
 # ---------------------------------------------------------------- folders and runs that the tests share
 
@@ -390,6 +414,7 @@ def world(tmp_path_factory):
                                 gain=1.)
     (top/"prompts.json").write_text(json.dumps({p.id: "a tree" for p in photos[:4]}))
     (top/"people.py").write_text(PEOPLE)
+    for name, first in (("votes", "x"), ("votes2", "y")): w[name] = vote_folder(top/name, first)
     return w
 
 
@@ -497,6 +522,7 @@ def test_a_preset_is_the_method_of_its_paper():
     def logistic(kappa): return {"is": "Logistic", "kappa": kappa}
     assert said("sft") == method(0., photograph, {"is": "Nobody"}, None)
     assert said("dpo") == method(0., photograph, {"is": "Samples"}, logistic(3000.))
+    assert said("votes") == method(0., {"is": "Preferred"}, {"is": "Voted", "folder": ""}, logistic(1000.))
     assert said("dp2o") == method(0., {"is": "Top", "n": 4, "frozen": False, "scale": None},
                                   {"is": "Bottom", "intra": True, "inter": True, "pairs": None, "tracked": False},
                                   logistic(1000.))

@@ -34,7 +34,8 @@ def test_import_is_cheap(root, clean_env):
     "--help", "upscale -h", "upscale a.png", "upscale a/x.png b/x.png -o out", "upscal a",
     "upscale a/x.png -o b/x.png/", "upscale a b -o out.png", "upscale a -o out --seed 1,1",
     "bench -h", "bench oseddif", "bench osediff a", "bench osediff a/x x=b --data a -o out --sede 1",
-    "bench osediff n=a n=b --data a -o out", "bench osediff a --data nowhere -o out", "bench --check"])
+    "bench osediff n=a n=b --data a -o out", "bench osediff a --data nowhere -o out", "bench --check",
+    "votes page -h", "votes page o a@1 --data a", "votes red"])
 def test_what_is_wrong_with_a_line_is_said_without_torch(root, clean_env, tmp_path, line):
     code = f"""
 import os, sys
