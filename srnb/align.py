@@ -379,7 +379,7 @@ class Own(Losers):
         work.policy.off |= {"snapshot"}
     def draw(self, work):
         run, groups = work.run, work.run.method.winners.groups(work)
-        return OnlineDraw(groups, work.policy, run.batch, run.patch, run.seed, **vars(self))
+        return OnlineDraw(groups, work.policy, run.batch, run.patch, run.seed, **vars(self), adapters=tuple(work.on))
     def forwards(self, run): return self.refresh*(self.cells+1)
 
 @dataclass(frozen=True)

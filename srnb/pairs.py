@@ -221,6 +221,7 @@ class OnlineDraw:
     every:int          # updates between snapshots
     capacity:int       # trajectories
     refresh:int        # new ones at every micro-batch
+    adapters:Sequence[str]=() # below the policy's own
     buffer:dict = field(default_factory=dict) # "part.name" -> rows of the trajectories of a micro-batch
     saved:dict = field(default_factory=dict)  # the same from a checkpoint, of all processes
 
@@ -237,7 +238,8 @@ class OnlineDraw:
         if step % self.every == 0: take_snapshot(policy) # all parts of a step take the same one
         w = draw_winners(self.groups, policy, self.refresh, self.patch, seed, policy.path.draw_sigma)
         offset = 1-torch.rand(self.refresh, generator=generator(seed_of(seed, "offset")))
-        x, sigma, target = policy_states(policy, w.lq, w.eps, offset, self.cells, ["snapshot"], w.text)
+        x, sigma, target = policy_states(policy, w.lq, w.eps, offset, self.cells,
+                                          [*self.adapters, "snapshot"], w.text)
         for k, o in dict(x=x, sigma=sigma, target=target, lq=w.lq, z=w.z, text=w.text).items():
             name = f"{part}.{k}"
             old = self.buffer.get(name, self.saved.get(name, o[:0])).to(o.device)

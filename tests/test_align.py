@@ -173,6 +173,20 @@ def voted_on(folder):
 def banks(tmp_path_factory): return tmp_path_factory.mktemp("banks")/"all"
 
 
+def test_online_losers_come_from_the_whole_policy(config, tmp_path, banks, monkeypatch):
+    "With the adapter that training starts from, and not from the bare base with the snapshot alone"
+    seen = []
+    real = srnb.pairs.policy_states
+    def states(policy, lq, noise, offset, cells, adapters, text):
+        seen.append(tuple(adapters))
+        return real(policy, lq, noise, offset, cells, adapters, text)
+    monkeypatch.setattr(srnb.pairs, "policy_states", states)
+    start = srnb.align.Start(replace(FEW, steps=1, save_every=1))
+    method = Method(losers=Own(2, 4, 2, 2), link=Hinge(.01), start=start)
+    align(replace(config, out=str(tmp_path/"run"), banks=str(banks), method=method))
+    assert {*seen} == {("reference", "snapshot")}
+
+
 def test_combinations():
     links = {Nobody: {Hinge, type(None)}, Candidates: {NFT, DGPO, CRD}, Fresh: {NFT, DGPO, CRD}}
     assert {(type(w), type(l), type(k)) for w, l, k in COMBINATIONS} == {
