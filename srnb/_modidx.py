@@ -1301,6 +1301,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'srnb.served.Served.__post_init__': ('served.html#served.__post_init__', 'srnb/served.py'),
                              'srnb.served.Served.place': ('served.html#served.place', 'srnb/served.py'),
                              'srnb.served.Served.version': ('served.html#served.version', 'srnb/served.py'),
+                             'srnb.served._Stay': ('served.html#_stay', 'srnb/served.py'),
+                             'srnb.served._Stay.redirect_request': ('served.html#_stay.redirect_request', 'srnb/served.py'),
                              'srnb.served._object': ('served.html#_object', 'srnb/served.py'),
                              'srnb.served._png': ('served.html#_png', 'srnb/served.py'),
                              'srnb.served.ask': ('served.html#ask', 'srnb/served.py'),

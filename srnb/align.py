@@ -294,7 +294,7 @@ class Bottom(OfBank):
         rows = ((o, o.sr[:top.n], o.sr[top.n:]) for o in work.samples(torch.cat([best, worst], 1)))
         pairs = pairs_of(rows, hpo_weights(reward, best, worst, self.intra, self.inter))
         if not self.tracked: return pairs
-        seeds = torch.tensor([group_seeds(i, work.run.m) for i in work.ids])
+        seeds = torch.tensor([group_seeds(i, work.run.m, work.round-1) for i in work.ids])
         return Tracked(**vars(pairs), seeds=seeds.gather(1, torch.cat([best, worst], 1)))
     def states(self, run): return run.method.winners.n*super().states(run)
 
@@ -524,8 +524,8 @@ def check_rounds(run)->None: # a Run
     if run.rounds == 1: return
     if not run.samples or getattr(run.method.losers, "pairs", None):
         kind = type(run.method.losers).__name__
-        raise ValueError(f"Run.rounds = {run.rounds}: a round draws a bank of its own, and {kind} against these "
-                         "winners would learn from none; leave rounds 1, or take Top or Samples without your own pairs")
+        raise ValueError(f"Run.rounds = {run.rounds}: a round draws a bank of its own, and {kind} learns from no bank: "
+                         "leave rounds 1, or take samples of a bank (the presets dp2o, dpo, nft, dgpo, crd)")
     if run.brake:
         raise ValueError(f"Run.brake looks at one training from its start, and Run.rounds = {run.rounds} are several: "
                          "leave one of them out")
@@ -790,7 +790,11 @@ def claim(run:Run, state)->Work|None: # None: it is done
                          run.base.backbone, judging.reward, data.prompts, sets[0]+sets[1], state.device)
         if run.brake: run.brake.check_photos(len(sets[1]))
         work = Work(run, policy, *inputs_of(data, policy, run.base.backbone, sets), given, blind)
-        served = {m.name: m.version for m in judging.metrics if isinstance(m, Served)} # as their servers say
+        asked = [m for m in dict.fromkeys((*judging.metrics, *watched)) if isinstance(m, Served)]
+        if asked and run.banks:
+            raise ValueError(f"Run.banks shares scores by a metric's name, and the server behind {asked[0].name} may "
+                             "change from run to run: leave banks out")
+        served = {m.name: m.version for m in asked} # as their servers say
         if served: digest = dict(digest, served=served)
         said = record_of(run, base=work.base, inputs=work.looked_at, **digest, **begun, **(blind.said if blind else {}))
         if is_done(out, said): return None

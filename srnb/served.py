@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -60,7 +61,10 @@ class Served(Metric):
         return f"{self.place}: {served_version(self)}"
 
 # %% ../nbs/26_served.ipynb #26-served-009
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class _Stay(urllib.request.HTTPRedirectHandler): # another host gets neither pictures nor token
+    def redirect_request(self, *given): return None
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
 
 def ask(
     metric:Served,
@@ -72,7 +76,9 @@ def ask(
         if not os.environ.get(metric.token):
             raise MetricUnavailable(f"metric {metric.name}: the environment has no {metric.token}, whose value "
                                     f"{metric.place} wants as a token: set it")
-        headers["Authorization"] = f"Bearer {os.environ[metric.token]}"
+        if not re.fullmatch(r"[!-~]+", secret := os.environ[metric.token].strip()):
+            raise MetricUnavailable(f"metric {metric.name}: the value of {metric.token} must be one word of ASCII: set it")
+        headers["Authorization"] = f"Bearer {secret}"
     data = None if body is None else json.dumps(body).encode()
     for k in range(metric.retries+1):
         if k: time.sleep(.5*2**(k-1))
@@ -98,7 +104,7 @@ def served_version(metric:Served)->str:
     said = ask(metric).get("version")
     if isinstance(said, str) and said: return said
     raise MetricUnavailable(f"metric {metric.name}: {metric.place} must answer GET with a version, a text, got "
-                            f"{said!r}: without one a record would not tell what scored")
+                            f"{said!r}: without it the record could not say what produced the scores")
 
 def _png(image:Tensor)->str: # (3,H,W), [0, 1]
     file = io.BytesIO()

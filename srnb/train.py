@@ -199,7 +199,8 @@ def other_choices(run)->str: # a sentence for the help; nothing if there are non
     "How a choice is changed on a command line"
     kinds = {f.name: get_args(f.type) for f in fields(run.method)} if hasattr(run, "method") else {}
     words = [f"method.{n}:{k.__name__.lower().replace('nonetype', 'none')}" for n, o in kinds.items() for k in o]
-    return f"Other choices, each with its own options: {', '.join(words)}" if words else ""
+    words += ["brake:brake"]*(hasattr(run, "brake") and run.brake is None)
+    return f"Other choices, each with its own options after it: {', '.join(words)}" if words else ""
 
 USAGE = """usage: {prog} PRESET|CONFIG.json|FILE.py:NAME [options]
 
@@ -227,7 +228,8 @@ def run_of(
     "The run that a command line describes"
     known = presets()
     if not words or words[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {n:8}{what}" for n, (what, _) in known.items())
+        wide = max(map(len, known))+2
+        lines = "\n".join(f"  {n:{wide}}{what}" for n, (what, _) in known.items())
         print(usage.format(prog=prog, presets=lines), file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2) # asked for, it is no error
     name, *rest = words
@@ -239,6 +241,8 @@ def run_of(
         raise ValueError(f"there is {what} {name!r}; {nearest(name, [*there, 'CONFIG.json', 'FILE.py:NAME'])}")
     if not rest: return default
     import tyro
+    if any(o.startswith("--brake.") for o in rest) and not any(o.startswith("brake:") for o in rest):
+        rest.insert(next(k for k, o in enumerate(rest) if o.startswith("--brake.")), "brake:brake")
     changed = any(re.fullmatch(r"[a-z_.]+:[a-z]+", o) and ".py:" not in o for o in rest) # another choice is named
     shown = () if changed else (tyro.conf.AvoidSubcommands,) # otherwise the preset's choices lie open
     return tyro.cli(type(default), default=default, args=rest, prog=f"{prog} {name}", registry=_rules(), config=shown,

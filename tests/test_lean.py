@@ -166,7 +166,7 @@ METHODS = dict(asasr=ASASR_SMALL, dpo=Method(losers=Samples(), link=Logistic(10.
 SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("kind, method, train", [
-    ("sd", "asasr", "base"), pytest.param("sdxl", "dpo", "whole", marks=SLOW),
+    ("sd", "asasr", "base"), pytest.param("sdxl", "dpo", "whole", marks=pytest.mark.repeat),
     pytest.param("flux", "dro", "control", marks=SLOW)])
 def test_one_load_and_one_encoding(folders, counted, tmp_path, kind, method, train):
     "With a start, an adversary, samples after and at the matched copy: the base is read once, and each prompt"

@@ -123,7 +123,8 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
 
 ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
-                              for o in ("guarded", "given", "online", "riesz", "guarded_rows", "rounds", "fresh"))]
+                              for o in ("online", "riesz", "guarded_rows", "rounds", "fresh")),
+       *(pytest.param(o, marks=[slow, pytest.mark.repeat]) for o in ("guarded", "given"))] # guarded_rows; adversary
 
 
 @pytest.mark.parametrize("name", ONE)

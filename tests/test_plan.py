@@ -212,7 +212,8 @@ def run_on(folder, out, method=DP2O, batch=1, loop=TWICE, precision="no", **opti
 FAST = ("sd", "base", False), ("sdxl", "whole", False), ("flux", "control", True)
 WAYS_OF_RUNS = ("base", False), ("control", True), ("whole", False)
 ALL = [(kind, *way) for kind in ("sd", "sdxl", "flux") for way in WAYS_OF_RUNS]
-CASES = [pytest.param(*o, marks=[pytest.mark.slow]*(o not in FAST)) for o in ALL]
+TWICE = ("sdxl", "base", False), ("sd", "whole", False), ("sd", "control", True) # another kind goes that way
+CASES = [pytest.param(*o, marks=[pytest.mark.slow]*(o not in FAST) + [pytest.mark.repeat]*(o in TWICE)) for o in ALL]
 
 
 @pytest.mark.parametrize("kind, train, checkpointing", CASES)

@@ -151,7 +151,8 @@ def test_a_branch_learns_to_read(bare, trained, tmp_path, kind):
     assert (fresh-theirs).abs().max() > 1e-3*theirs.abs().max()
 
 
-SLOW = [pytest.param(k, o, marks=pytest.mark.slow) for k in KINDS for o in ("control", "whole")]
+SLOW = [pytest.param(k, o, marks=[pytest.mark.slow]+[pytest.mark.repeat]*(k == "sdxl")) # SDXL's branch is SD's class
+        for k in KINDS for o in ("control", "whole")]
 
 @pytest.mark.parametrize("kind,train", [("flux", "control"), *SLOW[:-2], SLOW[-1]])
 def test_killed_and_resumed(bare, tmp_path, monkeypatch, kind, train):

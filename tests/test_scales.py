@@ -255,7 +255,7 @@ def trained(pairs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scale, ready", [(2, False), (3, False), (1, True), pytest.param(2, True, marks=SLOW),
-                                          pytest.param(1, False, marks=SLOW)])
+                                          pytest.param(1, False, marks=pytest.mark.repeat)])
 def test_a_base_of_this_scale(scale, ready, trained, pairs, tmp_path):
     "Trained, evaluated, aligned, saved, loaded and upscaled, as at four"
     out, _ = trained(scale, ready)
