@@ -42,7 +42,7 @@ class Brake(Checked):
     "Looks at held-out photographs as a run goes; an alarm where the reward rises and a judge outside it falls"
     look_every:int = 0   # updates between looks, a multiple of loop.save_every; 0: at every checkpoint
     look_m:int = 4       # samples of a photograph at a look, at most judging.eval_m
-    watched:tuple[Metric|Agreement, ...] = () # judges that ring, beside lines and colour; none: those of judging.judges outside the reward
+    watched:tuple[Metric|Agreement, ...] = () # judges that ring beside lines and colour; none: the run's own
     alpha:float = .05    # chance of a false alarm, of all looks and judges of a run together
     floor:float = 1.     # a fall that counts, at least, in standard deviations of the base's samples of a photograph
     stop:Literal["judge"]|None = None # judge: an alarm ends the run, which keeps its last good copy; None: it warns
@@ -76,8 +76,8 @@ class Brake(Checked):
             raise ValueError(f"Brake.look_m = {self.look_m} is more than judging.eval_m = {judging.eval_m}, the "
                              "samples of a photograph that there are from before training")
         if loop.ema:
-            raise ValueError(f"Loop.ema = {loop.ema}: a run gives the average of its weights, and the looks of Run.brake "
-                             "see the weights themselves: leave one of them out")
+            raise ValueError(f"Loop.ema = {loop.ema}: a run gives the average of its weights, and Run.brake looks at "
+                             "the weights themselves: leave one of them out")
         if self.stop and drift:
             raise ValueError(f"Run.drift = {drift} chooses among the copies of a whole run, which Brake.stop may end: "
                              "leave one of them out")
@@ -91,7 +91,8 @@ class Brake(Checked):
         "Raise if so few photographs can never ring"
         if self.alpha*2**n < 1:
             least = math.ceil(math.log2(1/self.alpha))
-            raise ValueError(f"Brake.alpha = {self.alpha}: {n} held-out photographs have {2**n} patterns of signs can never ring; hold out at least {least}, or leave brake out")
+            raise ValueError(f"Brake.alpha = {self.alpha}: {n} held-out photographs have {2**n} patterns of signs and "
+                             f"can never ring; hold out at least {least}, or leave brake out")
 
 # %% ../nbs/36_brake.ipynb #36-brake-009
 def sign_flips(

@@ -77,7 +77,7 @@ def ask(
             raise MetricUnavailable(f"metric {metric.name}: the environment has no {metric.token}, whose value "
                                     f"{metric.place} wants as a token: set it")
         if not re.fullmatch(r"[!-~]+", secret := os.environ[metric.token].strip()):
-            raise MetricUnavailable(f"metric {metric.name}: the value of {metric.token} must be one word of ASCII: set it")
+            raise MetricUnavailable(f"metric {metric.name}: the value of {metric.token} must be one word of ASCII")
         headers["Authorization"] = f"Bearer {secret}"
     data = None if body is None else json.dumps(body).encode()
     for k in range(metric.retries+1):
