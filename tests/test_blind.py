@@ -287,7 +287,7 @@ def test_a_one_step_run_and_a_base_judge_them_too(folders, tiny, tmp_path):
 @pytest.mark.parametrize("name, change", [
     ("dp2o", "after - before"), pytest.param("asasr", "after - before", marks=pytest.mark.repeat),
     pytest.param("dro", "after - before", marks=pytest.mark.repeat),
-    ("sft", "mean - bicubic"), ("ctmsr", "sr - bicubic")])
+    pytest.param("sft", "mean - bicubic", marks=pytest.mark.repeat), ("ctmsr", "sr - bicubic")])
 def test_papermill_takes_it_and_the_page_shows_it(root, folders, tmp_path, forked, name, change):
     "Smoke runs: the last table with such a change is that of the three pictures"
     page, out, there = root/"nbs"/f"train_{name}.ipynb", tmp_path/"out.ipynb", str(folders/"blind")

@@ -183,7 +183,9 @@ def test_refused_with_the_rest_of_the_run(hack, tmp_path, idle):
     brake = Brake(look_m=2, stop="judge")
     for change, named in ((dict(judging=Judging(None, eval_m=2)), "set judging.reward"),
                           (dict(judging=Judging(BRIGHT, judges=BRIGHT.nr, eval_m=2)), "all of judging.judges"),
-                          (dict(drift=.1), "Run.drift = 0.1")):
+                          (dict(drift=.1), "Run.drift = 0.1"),
+                          (dict(loop=replace(hack.loop, ema=.9)), "Loop.ema = 0.9"),
+                          (dict(rounds=2, method=hack.method), "Run.brake looks at one training")):
         with pytest.raises(ValueError, match=named): replace(hack, **dict(brake=brake, method=SFT) | change)
     few = replace(hack, brake=brake, out=str(tmp_path/"few"), data=replace(hack.data, take=4))
     with pytest.raises(ValueError, match="4 held-out photographs .* hold out at least 5"): align(few)

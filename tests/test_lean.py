@@ -241,7 +241,7 @@ def of_small(tiny, out, method, **judging):
 
 
 @pytest.mark.parametrize("method", [
-    METHODS["dro"], pytest.param(Method(), marks=SLOW), pytest.param(ASASR_SMALL, marks=SLOW)],
+    METHODS["dro"], pytest.param(Method(), marks=pytest.mark.repeat), pytest.param(ASASR_SMALL, marks=SLOW)],
     ids=["dro", "sft", "asasr"])
 def test_no_samples_that_nobody_trains_on(tiny, drawn, tmp_path, method):
     """The reward's scale is that of the held-out samples before: two photographs are sampled, twice. With M said, the
@@ -275,7 +275,7 @@ def test_who_needs_samples_has_eight():
     Method(winners=Top(2), losers=Bottom(), link=Logistic(10.)),
     pytest.param(replace(METHODS["dro"], losers=Own(2, 4, 2, 2)), marks=SLOW),
     Method(SobolevEnergy(1.5), Top(2), Bottom(), Hinge(1.), safeguard=True),
-    pytest.param(Method(link=Hinge(.01)), marks=SLOW)],
+    pytest.param(Method(link=Hinge(.01)), marks=pytest.mark.repeat)],
     ids=["hpo", "own", "safeguard", "gated"])
 def test_rows(tiny, tmp_path, method):
     "A run in pieces of three states ends where one in whole batches does, to rounding; its evaluations are counted"

@@ -123,8 +123,9 @@ def runs(tmp_path_factory, dp2o, forked_for_all):
 
 
 ONE = ["dp2o", "adversary", *(pytest.param(o, marks=slow)
-                              for o in ("online", "riesz", "guarded_rows", "rounds", "fresh")),
-       *(pytest.param(o, marks=[slow, pytest.mark.repeat]) for o in ("guarded", "given"))] # guarded_rows; adversary
+                              for o in ("online", "guarded_rows", "rounds", "fresh")),
+       *(pytest.param(o, marks=[slow, pytest.mark.repeat]) # as guarded_rows; as the adversary
+         for o in ("guarded", "given", "riesz"))]
 
 
 @pytest.mark.parametrize("name", ONE)

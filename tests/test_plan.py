@@ -443,7 +443,7 @@ def forward_of(architecture, training, card):
 
 
 @BOTH
-@pytest.mark.parametrize("training", [pytest.param(None, marks=pytest.mark.slow), WAYS[1], Training(None)],
+@pytest.mark.parametrize("training", [pytest.param(None, marks=pytest.mark.repeat), WAYS[1], Training(None)],
                          ids=["sample", "LoRA", "whole"])
 def test_arithmetic_is_that_of_a_card(architecture, training):
     saved, _ = forward_of(architecture, training, card=True)

@@ -214,7 +214,7 @@ def test_an_online_budget_is_never_exceeded(config):
 
 
 @pytest.mark.parametrize("losers", [
-    pytest.param(Candidates(2), marks=AGAIN), pytest.param(Fresh(2, 1), marks=pytest.mark.slow)], ids=["bank", "fresh"])
+    pytest.param(Candidates(2), marks=AGAIN), pytest.param(Fresh(2, 1), marks=AGAIN)], ids=["bank", "fresh"])
 def test_one_step_networks(config, tmp_path, losers):
     "A one-step network that heeds its noise is trained; one that does not is refused"
     net, g = OneStepUNet(OneStepConfig((16, 16), (1, 1), 16, 8)), generator(1)

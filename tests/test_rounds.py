@@ -166,7 +166,7 @@ def test_the_bare_base_and_an_adapter_share_a_folder_of_banks(one, config, tmp_p
     for name in ("begun", "begun-bank", "begun-before-2", "bank", "before-2"): assert (tmp_path/"banks"/name).is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.repeat
 def test_rounds_of_other_methods(config, tmp_path):
     "Samples against photographs without a reward; a supervised start; the policy's own states"
     started = Method(losers=Samples(), link=Logistic(10.), start=replace(ASASR.start, start_loop=LOOP))
@@ -247,3 +247,21 @@ def test_config(config, change, named):
 def test_two_references_are_refused(config, one):
     with pytest.raises(ValueError, match="Base.adapter.*Method.start"):
         replace(config, rounds=1, base=replace(config.base, adapter=str(one)), method=ASASR, judging=Judging(None))
+
+
+def test_tracked_noise_is_that_of_the_rounds_own_bank(config, tmp_path, monkeypatch):
+    "Sampled again from these seeds by the policy of its round, each picture is that of the bank"
+    real, seen = Bottom.chosen, []
+    def chosen(self, work):
+        pairs, m = real(self, work), work.run.m
+        for o, lq, w, l, seeds in zip(work.ids, pairs.lq, pairs.winners, pairs.losers, pairs.seeds, strict=True):
+            assert {*seeds.tolist()} <= {*group_seeds(o, m, work.round-1)}
+            sr = work.policy.sample(core.to_floats(lq[None]), seeds.tolist(), work.steps, work.sampler)[0]
+            far = core.to_bytes(work.run.base.colour.images(sr, core.to_floats(lq), work.policy.codec)).int()
+            seen.append((work.round, (far-torch.cat([w, l]).int()).abs().max().item()))
+        return pairs
+    monkeypatch.setattr(Bottom, "chosen", chosen)
+    method = replace(config.method, losers=Bottom(tracked=True))
+    base = replace(config.base, sampler="ddim")
+    align(replace(config, out=str(tmp_path/"run"), method=method, base=base, rounds=2, patch=64))
+    assert {k for k, _ in seen} == {1, 2} and max(far for _, far in seen) <= 1

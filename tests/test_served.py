@@ -101,6 +101,20 @@ def test_a_run_that_a_server_scores_is_the_run_that_is_scored_here(server, run, 
     with pytest.raises(RunOccupied, match="served"): align(run(metric))
 
 
+def test_a_server_and_a_shared_folder_do_not_go_together(server, run, tmp_path):
+    "Scores are kept by name, and another version of the server would share them"
+    with pytest.raises(ValueError, match="Run.banks shares scores .* bright"):
+        align(replace(run(served(server)), banks=str(tmp_path/"banks")))
+
+
+@pytest.mark.parametrize("token", ["se\ncret", "ge heim", "größer"])
+def test_a_token_that_no_header_holds_is_not_shown(server, monkeypatch, token):
+    monkeypatch.setenv("TOK", token)
+    with pytest.raises(MetricUnavailable, match="the value of TOK must be one word of ASCII") as e:
+        check_available([served(server, token="TOK")], (64, 64), "cpu")
+    assert token not in str(e.value)
+
+
 def test_a_server_that_is_away_is_found_out_before_any_work(server, run, tmp_path, idle):
     server.stop()
     with pytest.raises(MetricUnavailable, match="metric bright: no answer from 127.0.0.1.*start the server"):

@@ -43,6 +43,7 @@ def test_a_study_over_two_machines(papermill, tmp_path):
 
 
 @pytest.mark.slow # another study is run by test_notebooks.py
+@pytest.mark.repeat
 def test_study_of_methods(papermill):
     "The study of all methods in miniature: two rows, their record, and the picture of crops"
     code, out, err = papermill("train_study", study="nbs/methods_study.json")
