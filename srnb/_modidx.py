@@ -1427,6 +1427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'srnb.training.refuse_fsdp': ('training.html#refuse_fsdp', 'srnb/training.py'),
                                'srnb.training.wsd': ('training.html#wsd', 'srnb/training.py')},
             'srnb.votes': { 'srnb.votes._candidates': ('votes.html#_candidates', 'srnb/votes.py'),
+                            'srnb.votes._is_key': ('votes.html#_is_key', 'srnb/votes.py'),
                             'srnb.votes._of_csv': ('votes.html#_of_csv', 'srnb/votes.py'),
                             'srnb.votes._of_folders': ('votes.html#_of_folders', 'srnb/votes.py'),
                             'srnb.votes._of_json': ('votes.html#_of_json', 'srnb/votes.py'),

@@ -101,10 +101,12 @@ def states_of(
     policy:Policy,
     crops:Crops,
     weight:Tensor|None=None, # as in `Draw`
+    eps:Tensor|None=None,    # (n*K,C,H,W) each picture's own noise; None: that of its crop
 )->Draw:
     "What a policy is trained on: all pictures of a crop under its noise and level"
     k = len(crops.z)//len(crops.lq)
-    eps, sigma, cond, lq = (o.repeat_interleave(k, 0) for o in (crops.eps, crops.sigma, crops.cond, crops.lq))
+    shared, sigma, cond, lq = (o.repeat_interleave(k, 0) for o in (crops.eps, crops.sigma, crops.cond, crops.lq))
+    if eps is None: eps = shared
     path = policy.path_of(lq)
     return Draw(path.state(crops.z, eps, sigma), sigma, path.target(crops.z, eps, sigma), cond, weight)
 
@@ -160,13 +162,15 @@ def draw_pairs(
     groups:int,     # groups of the micro-batch
     patch:int,      # pixels of the crop, the same place in all candidates of a group
     seed:int,       # names the batch
+    noise:Callable|None=None, # crops -> (G*2N,C,H,W) each picture's own; None: one draw for a group
 )->Draw:
     "Winners and losers of random groups, all with their group's own crop, noise level and noise"
     def show(i, g):
         text = torch.tensor([EMPTY]) if pairs.text is None else pairs.text[i:i+1]
         return pairs.lq[i], torch.cat([pairs.winners[i], pairs.losers[i]]), text
     crops = draw_crops(range(len(pairs.lq)), show, policy, groups, patch, seed)
-    return states_of(policy, crops, pairs.weight[[i for i, _ in crops.where]].float().to(policy.device))
+    weight = pairs.weight[[i for i, _ in crops.where]].float().to(policy.device)
+    return states_of(policy, crops, weight, noise and noise(crops))
 
 # %% ../nbs/34_pairs.ipynb #34-pairs-018
 def draw_winners(

@@ -10,7 +10,7 @@ __all__ = ['Advantages', 'nft_loss', 'RatedLink', 'NFT', 'dgpo_loss', 'DGPO', 'c
 # %% ../nbs/35_rated.ipynb #35-rated-003
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .config import Checked
 from .core import generator, randn_each, seed_of, to_bytes
 from .curation import Group, group_seeds
 from .online import parts_of
-from .pairs import Draw, Link, Pairs, draw_crops, residuals, seed_at, states_of
+from .pairs import Draw, Link, Pairs, draw_crops, draw_pairs, residuals, seed_at, states_of
 from .paths import Shift
 from .policies import EMPTY, Policy, text_ids
 from .spectral import energy_gap, l2_energy
@@ -331,10 +331,6 @@ def draw_tracked(
     seed:int,       # names the batch
 )->Draw:
     "As `draw_pairs`, with each candidate under the noise that it was sampled from [PNAPO]"
-    def show(i, g):
-        text = torch.tensor([EMPTY]) if pairs.text is None else pairs.text[i:i+1]
-        return pairs.lq[i], torch.cat([pairs.winners[i], pairs.losers[i]]), text
-    crops = draw_crops(range(len(pairs.lq)), show, policy, groups, patch, seed)
-    d = states_of(policy, crops, pairs.weight[[i for i, _ in crops.where]].float().to(policy.device))
-    eps = torch.cat([noise_at(policy, pairs.lq[i], pairs.seeds[i], box) for i, box in crops.where]).to(crops.z)
-    return replace(d, x=policy.path.state(crops.z, eps, d.sigma), target=policy.path.target(crops.z, eps, d.sigma))
+    def own(crops):
+        return torch.cat([noise_at(policy, pairs.lq[i], pairs.seeds[i], o) for i, o in crops.where]).to(crops.z)
+    return draw_pairs(pairs, policy, groups, patch, seed, own)

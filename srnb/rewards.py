@@ -657,6 +657,11 @@ def orient(
     v = _float64(values)
     return v if metric.higher_better else -v
 
+def _group(values, metric:Metric, what:str)->Tensor: # oriented scores of at least two candidates
+    v = orient(check_scores(values, metric), metric)
+    if len(v) < 2: raise ValueError(f"group {what} compares candidates: {metric.name} has M = 1, need at least 2")
+    return v
+
 @dataclass(frozen=True)
 class GroupMinMax:
     "Worst and best of the group itself become 0 and 1 [DP2O-SR, normalisation]"
@@ -665,17 +670,11 @@ class GroupMinMax:
         values,        # (M,) raw scores of one group
         metric:Metric,
     )->Tensor:         # (M,) float64, [0, 1], larger is better
-        v = orient(check_scores(values, metric), metric)
-        if len(v) < 2: raise ValueError(f"group min-max compares candidates: {metric.name} has M = 1, need at least 2")
+        v = _group(values, metric, "min-max")
         lo, hi = v.aminmax()
         return (v-lo)/(hi-lo) if hi > lo else torch.full_like(v, self.constant)
 
 # %% ../nbs/20_rewards.ipynb #20-scales-2
-def _group(values, metric:Metric, what:str)->Tensor: # oriented scores of at least two candidates
-    v = orient(check_scores(values, metric), metric)
-    if len(v) < 2: raise ValueError(f"group {what} compares candidates: {metric.name} has M = 1, need at least 2")
-    return v
-
 @dataclass(frozen=True)
 class GroupZScore:
     "Mean and standard deviation of the group become 0 and 1"

@@ -34,9 +34,15 @@ def read_key(
     try: key = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise ValueError(f"{path}: damaged JSON ({e}); write the study again with the same folders and seed") from None
-    if not isinstance(key, dict) or not {"study", "places", "images"} <= key.keys():
-        raise ValueError(f"{path}: not the key of a study")
+    if not _is_key(key): raise ValueError(f"{path}: not the key of a study")
     return key
+
+def _is_key(key)->bool: # what `write_ranking` writes
+    if not isinstance(key, dict) or not {"study", "places", "images"} <= key.keys(): return False
+    images = key["images"]
+    if not isinstance(key["study"], str) or not isinstance(images, dict) or not images: return False
+    rows = images.values()
+    return all(isinstance(o, dict) and "image" in o and isinstance(o.get("methods"), dict) for o in rows)
 
 def read_answers(
     paths:str|Path|Sequence[str|Path], # JSON files of the participants
@@ -89,8 +95,10 @@ def _of_json(folder:Path, files:list[Path], wrong:list[str])->list[tuple]: # row
     for path in (o for o in files if o.name.endswith(".key.json")):
         try:
             key = read_key(path)
+            if key["study"] in keys:
+                raise ValueError(f"{path} and {keys[key['study']][0].name} are keys of one study; take one away")
             keys[key["study"]] = path, {o["image"]: i for i, o in key["images"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e: wrong.append(_sentence(e, folder))
+        except ValueError as e: wrong.append(_sentence(e, folder))
     for path in (o for o in files if not o.name.endswith(".key.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -157,9 +165,13 @@ def read_votes(
     if not folder.is_dir(): raise FileNotFoundError(f"no folder of votes at {folder}")
     there = [o for o in sorted(folder.iterdir()) if not o.name.startswith(".") and o.name not in _OURS]
     rows = _of_json(folder, [o for o in there if o.suffix == ".json" and o.is_file()], wrong)
+    tables = {}
     for path in there:
-        if path.suffix == ".csv" and path.is_file(): rows += _of_csv(path, wrong)
-        elif path.suffix not in (".json", ".csv", ".html"):
+        if path.suffix == ".csv" and path.is_file():
+            same = tables.setdefault(path.read_bytes(), path)
+            if same != path: wrong.append(f"{path.name}: the same bytes as {same.name}; take one away")
+            rows += _of_csv(path, wrong)
+        elif path.is_dir() or path.suffix not in (".json", ".html"):
             wrong.append(f"{path.name}: no votes are read from it (JSON of a ranking page, CSV, or the folders "
                          f"preferred and unpreferred); take it away")
     rows += _of_folders(folder, wrong)

@@ -22,8 +22,9 @@ from srnb.core import check_close, read_run, to_pil
 from srnb.curation import read_group
 from srnb.data import embedded_photos
 from srnb.pairs import Logistic
-from srnb.rewards import PIQE, PSNR_Y, Metric, Reward
+from srnb.rewards import PIQE, PSNR_Y, SSIM_Y, ST_LPIPS_VGG, Metric, Reward
 from srnb.runs import Base, Data, Judging
+from srnb.train import run_of
 from srnb.training import Loop
 
 
@@ -310,3 +311,33 @@ def test_a_judge_that_comes_back_is_forgiven(tmp_path):
     table = pd.DataFrame([dict(o, step=step) for step, some in rows.items() for o in some])
     said = verdicts(table, [PSNR_Y], Brake(), 8)
     assert said.doubtful.tolist() == [False, True, False, True] and last_good(said) == 30
+
+
+def test_what_the_page_says_of_its_record(root):
+    "compare_brake's words, recomputed: who rings and when, lines, rewards, and that no judge leaves its floor"
+    looks = pd.read_parquet(root/"nbs/_records/brake/look.parquet").astype(dict(row=str, metric=str, image=str))
+    told = {(o["row"], o["training"]): o for o in json.loads((root/"nbs/_records/brake/brakes.json").read_text())}
+    config = json.loads((root/"nbs/_records/brake/config.json").read_text())["params"]["brake"]
+    brake = Brake(**{k: config[k] for k in ("look_every", "look_m", "alpha", "floor")})
+    judges, first, end = [PSNR_Y, SSIM_Y, ST_LPIPS_VGG], {}, {}
+    for (row, seed), table in looks.groupby(["row", "training"]):
+        said = verdicts(table, judges, brake, len(told[row, seed]["planned"]))
+        rung = said[said.alarm]
+        first[row, seed] = int(rung.step.min())
+        assert not {*rung.judge} & {m.name for m in judges}
+        assert "line_excess" in set(rung.judge[rung.step == rung.step.min()])
+        lines = table[table.metric == "line_excess"].groupby("step").value.mean()
+        end[row, seed] = lines[lines.index.max()], said.reward.iloc[-1]
+        if row == "hack": assert [round(lines[k], 1) for k in (0, 40)] == [1.7, 4.3] and round(lines[60]) == 25
+    assert [first["default", k] for k in range(3)] == [40, 60, 40]
+    assert first["hack", 0] == first["hack, stopped", 0] == 40
+    assert told["hack, stopped", 0]["kept"] == 30 and told["hack, stopped", 0]["ended"] == 40
+    lines, rewards = zip(*(end["default", k] for k in range(3)), strict=True)
+    assert (round(min(lines), 1), round(max(lines), 1)) == (2.2, 4.2)
+    assert (round(min(rewards), 3), round(max(rewards), 3)) == (.012, .017)
+
+
+def test_an_option_of_the_brake_names_it():
+    run = run_of(["dp2o", "--loop.steps", "40", "--brake.stop", "judge"])
+    assert run.brake == Brake(stop="judge") and run.loop.steps == 40
+    assert run_of(["dp2o", "--loop.steps", "40"]).brake is None

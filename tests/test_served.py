@@ -30,7 +30,7 @@ def brightness(sr, gt): return torch.stack([to_bytes(o).sum().double()/o.numel()
 @pytest.fixture
 def server():
     "A server of brightness; `said` tells what it does, and what it was asked"
-    said = SimpleNamespace(version="brightness 1", headers=[], pictures=0, dies=None, wait=0.)
+    said = SimpleNamespace(version="brightness 1", headers=[], pictures=0, dies=None, wait=0., moved=None)
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, what, code=200):
@@ -42,7 +42,10 @@ def server():
 
         def do_GET(self):
             said.headers.append(self.headers.get("Authorization"))
-            self.answer(dict(version=said.version))
+            if not said.moved: return self.answer(dict(version=said.version))
+            self.send_response(302)
+            self.send_header("Location", said.moved)
+            self.end_headers()
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -99,6 +102,14 @@ def test_a_run_that_a_server_scores_is_the_run_that_is_scored_here(server, run, 
     server.version = "brightness 2"
     drop_scorers()
     with pytest.raises(RunOccupied, match="served"): align(run(metric))
+
+
+def test_no_redirect_is_followed(server, monkeypatch):
+    "Another host would get pictures and token"
+    monkeypatch.setenv("TOK", "secret")
+    server.moved = server.address.replace("127.0.0.1", "localhost")
+    with pytest.raises(MetricUnavailable, match="302"): check_available([served(server, token="TOK")], (64, 64), "cpu")
+    assert server.headers == ["Bearer secret"] # asked once, where it was meant to be
 
 
 def test_a_server_and_a_shared_folder_do_not_go_together(server, run, tmp_path):

@@ -320,3 +320,29 @@ def test_the_whole_evening(tiny, photos, tmp_path, monkeypatch, capsys):
     share = t.wins["new"]/t.votes["new"]
     print(said, f"held-out share {share:.3f}")
     assert share > .7 and t.low["new"] > 0
+
+
+def test_a_copied_file_is_no_second_rater(tmp_path):
+    for name in ("ada.csv", "ada (1).csv"): (tmp_path/name).write_text("image,winner,loser\n1,a,b\n")
+    with pytest.raises(ValueError, match=r"ada.csv: the same bytes as ada \(1\).csv; take one away"):
+        v.read_votes(tmp_path)
+    (tmp_path/"ada (1).csv").unlink()
+    assert len(v.read_votes(tmp_path)) == 1
+    (tmp_path/"x.csv").mkdir()
+    with pytest.raises(ValueError, match="x.csv: no votes are read from it"): v.read_votes(tmp_path)
+
+
+@pytest.mark.parametrize("key", [
+    dict(images={}), dict(images=[]), dict(study=["a"]), dict(images={"1": dict(image="p")}),
+    dict(images={"1": dict(image="p", methods=["a"])})])
+def test_a_key_of_another_form_is_named(tmp_path, key):
+    whole = dict(study="s", places=2, seed=0, images={"1": dict(image="p", methods=dict(A="a", B="b"))})
+    (tmp_path/"page.key.json").write_text(json.dumps(whole | key))
+    with pytest.raises(ValueError, match="page.key.json: not the key of a study"): v.read_votes(tmp_path)
+
+
+def test_two_keys_of_one_study_are_refused(tmp_path):
+    for name, method in (("a", "small"), ("b", "large")):
+        images = {"1": dict(image="p", methods=dict(A=method, B="bicubic"))}
+        (tmp_path/f"{name}.key.json").write_text(json.dumps(dict(study="s", places=2, seed=0, images=images)))
+    with pytest.raises(ValueError, match="b.key.json and a.key.json are keys of one study"): v.read_votes(tmp_path)
